@@ -1,0 +1,585 @@
+"""Plumbing shared by the notebooks: data, evaluation, run logs, verdicts, figures. No network, loss or update lives here.
+
+``python helpers.py`` redraws every figure that is curves over a csv file of ``figs/data/``, in seconds and without training.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import random
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import gymnasium as gym
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent
+FIGS = Path(os.environ.get("CQL_FIGS", ROOT / "figs"))  # pictures and their data; the tests send them elsewhere
+
+
+# ---------------------------------------------------------------------------------------------------- reproducibility
+def seed_everything(seed: int) -> torch.Generator:
+    """Seed Python, NumPy and torch, and return a fresh torch.Generator with the same seed to draw batches from.
+
+    Results repeat on one machine with one version of torch; across machines they agree in distribution only.
+
+    >>> bool((seed_everything(0).initial_seed() == 0) and (torch.rand(1) == torch.rand(1, generator=seed_everything(0))))
+    True
+    """
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the old global generator: other people's code may draw from it)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def versions() -> str:
+    """One line that names Python, the libraries and the machine's architecture, for the last cell of a notebook."""
+    libraries = ("torch", "gymnasium", "mujoco", "numpy", "matplotlib")
+    return ", ".join([f"Python {platform.python_version()} on {platform.machine()}", *(f"{name} {version(name)}" for name in libraries)])
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def _write(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside `path`, then rename it: a failure leaves the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray], provenance: Mapping[str, object]) -> None:
+    """Write arrays and their provenance (a dictionary that json can hold) as one compressed .npz without pickle."""
+    if not arrays or not provenance:
+        raise ValueError(f"{path}: expected at least one array and a provenance, got {len(arrays)} arrays and {dict(provenance)}")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, provenance=np.array(json.dumps(dict(provenance))), **arrays, allow_pickle=False)
+    _write(Path(path), buffer.getvalue())
+
+
+def load_npz(path: str | Path, required: Iterable[str] = ()) -> tuple[dict[str, np.ndarray], dict]:
+    """Read what `save_npz` wrote: (arrays, provenance).
+
+    Raises FileNotFoundError, or ValueError for a truncated or foreign file and for missing keys.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        provenance = json.loads(str(arrays.pop("provenance")))
+    except FileNotFoundError:
+        raise
+    except KeyError:
+        raise ValueError(f"{path}: expected an array named 'provenance', found {sorted(arrays)}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: expected an .npz archive written by save_npz, could not read it ({error})") from error
+    if missing := sorted(set(required) - set(arrays)):
+        raise ValueError(f"{path}: expected the arrays {sorted(required)}, {missing} missing, found {sorted(arrays)}")
+    return arrays, provenance
+
+
+def load_policy(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Read the arrays of a tanh-Gaussian policy and their provenance; the notebook builds its own actor from them.
+
+    Returns (arrays, provenance): `w0` (O, H), `b0` (H,), `w1`, ... layer by layer, the last with 2 D outputs (mean, then
+    log standard deviation), and `obs_mean`, `obs_scale` (O,). Provenance names env_id, seed, steps, return_mean and
+    return_std (undiscounted, actions sampled, over 20 episodes).
+
+    Raises ValueError for a file that is truncated, lacks provenance, holds other shapes or non-finite numbers.
+    """
+    arrays, provenance = load_npz(path, required=("w0", "b0", "obs_mean", "obs_scale"))
+    if missing := sorted({"env_id", "seed", "steps", "return_mean", "return_std"} - set(provenance)):
+        raise ValueError(f"{path}: expected a provenance with env_id, seed, steps, return_mean and return_std, {missing} missing")
+    depth = sum(name.startswith("w") for name in arrays)
+    width = len(arrays["obs_mean"]) if arrays["obs_mean"].ndim == 1 else -1
+    expected: dict[str, tuple[int, ...]] = {"obs_mean": (width,), "obs_scale": (width,)}
+    for i in range(depth):
+        out = arrays[f"w{i}"].shape[-1] if f"w{i}" in arrays else -1
+        expected |= {f"w{i}": (width, out), f"b{i}": (out,)}
+        width = out
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != expected or width % 2:
+        raise ValueError(f"{path}: expected layers that fit together, ending in 2 D outputs: {expected}; found {found}")
+    if bad := [name for name, array in arrays.items() if array.dtype.kind != "f" or not np.isfinite(array).all()]:
+        raise ValueError(f"{path}: expected finite floating point numbers, not so in {bad}")
+    return arrays, provenance
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class OfflineDataset:
+    """A fixed set of n transitions in memory, in the order in which they were recorded.
+
+    Arguments: obs and next_obs (n, O) floating; action (n,) integer or (n, D) floating; reward (n,) floating; terminated and
+    truncated (n,) boolean. They become tensors of the same names on `device` (float32, int64, bool), in the environment's
+    own units. `terminated` says that the task ended there (no future, no bootstrap), `truncated` that the recording did.
+
+    With `standardise=True`, `obs_mean` and `obs_scale` (O,) are the states' mean and standard deviation and `sample` returns
+    standardised states; otherwise they are 0 and 1.
+
+    Raises TypeError or ValueError that names the array, what was expected and what came: wrong shape or dtype, lengths that
+    differ, no transitions, NaN or infinite values.
+    """
+
+    columns = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+
+    def __init__(self, obs, action, reward, next_obs, terminated, truncated, provenance: Mapping | None = None, *,
+                 standardise: bool = False, device: str | torch.device = "cpu"):  # fmt: skip
+        arrays = dict(zip(self.columns, map(np.asarray, (obs, action, reward, next_obs, terminated, truncated)), strict=True))
+        n = len(arrays["obs"]) if arrays["obs"].ndim else 0
+        if n == 0:
+            raise ValueError(f"obs: expected at least one transition, got an array of shape {arrays['obs'].shape}")
+        kinds = {"action": "iuf", "terminated": "b", "truncated": "b"}
+        for name, array in arrays.items():
+            dims = {2} if "obs" in name else {1, 2} if name == "action" else {1}
+            if array.ndim not in dims or len(array) != n or ("obs" in name and array.shape != arrays["obs"].shape):
+                raise ValueError(f"{name}: expected {n} rows and {sorted(dims)} dimensions, obs and next_obs alike; got shape {array.shape}")
+            if array.dtype.kind not in kinds.get(name, "f"):
+                raise TypeError(f"{name}: expected dtype kind {kinds.get(name, 'f')!r} (i integer, f floating, b boolean), got {array.dtype}")
+            if (name == "action") and (array.ndim == 2) != (array.dtype.kind == "f"):
+                raise TypeError(f"action: expected (n,) integers or (n, D) floating point numbers, got {array.dtype} of shape {array.shape}")
+            to = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64)
+            with np.errstate(over="ignore"):
+                array = array.astype(to)
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name}: expected finite numbers, got {int((~np.isfinite(array)).sum())} NaN or infinite ones")
+            setattr(self, name, torch.as_tensor(array, device=device))
+        self.provenance, self.standardise, self.device = dict(provenance or {}), standardise, torch.device(device)
+        states = self.obs.double()
+        self.obs_mean = states.mean(0).float() if standardise else torch.zeros_like(self.obs[0])
+        self.obs_scale = states.std(0, correction=0).clamp_min(1e-6).float() if standardise else torch.ones_like(self.obs[0])
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def sample(self, batch_size: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Batch:
+        """Draw transitions uniformly, with replacement: obs (B, O), action (B,) or (B, D), reward (B,), next_obs (B, O) and
+        terminated (B,), which is floating, 0. or 1. A sequence of E generators gives every array a leading dimension E, row
+        e being what generator e alone would draw.
+
+        >>> zeros = np.zeros((4, 2)); flags = np.zeros(4, dtype=bool)
+        >>> data = OfflineDataset(zeros, np.arange(4), np.ones(4), zeros, flags, flags)
+        >>> [tuple(x.shape) for x in data.sample(3, seed_everything(0))]
+        [(3, 2), (3,), (3,), (3, 2), (3,)]
+        """
+        if not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
+            raise ValueError(f"batch_size: expected an integer from 1 to the {len(self)} transitions there are, got {batch_size!r}")
+        one = generator is None or isinstance(generator, torch.Generator)
+        draws = [
+            torch.randint(len(self), (batch_size,), generator=g, device=g.device if g else self.device)
+            for g in ([generator] if one else generator)
+        ]
+        i = (draws[0] if one else torch.stack(draws)).to(self.device)
+        obs, next_obs = self.obs[i], self.next_obs[i]
+        if self.standardise:
+            obs, next_obs = (obs - self.obs_mean) / self.obs_scale, (next_obs - self.obs_mean) / self.obs_scale
+        return obs, self.action[i], self.reward[i], next_obs, self.terminated[i].float()
+
+    def states(self, n: int, generator: torch.Generator | None = None) -> np.ndarray:
+        """n states of the data (n, O), drawn without replacement, float64 and in the environment's units: where truth starts."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"n: expected 1 to {len(self)} states, got {n}")
+        return self.obs.cpu().double().numpy()[torch.randperm(len(self), generator=generator)[:n].numpy()]
+
+    def _select(self, rows, standardise: bool) -> OfflineDataset:
+        arrays = [getattr(self, name).cpu().numpy()[rows] for name in self.columns]
+        return OfflineDataset(*arrays, self.provenance, standardise=standardise, device=self.device)
+
+    def take(self, n: int, standardise: bool = False) -> OfflineDataset:
+        """The first n transitions as a data set of their own. ValueError unless 1 <= n <= len(self)."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"n: expected 1 to the {len(self)} transitions there are, got {n}")
+        return self._select(slice(n), standardise)
+
+    def episodes(self) -> list[tuple[slice, bool]]:
+        """(rows, complete) of each episode. One that stops without a flag, because the recording was cut, is not complete."""
+        flagged = (self.terminated | self.truncated).cpu().numpy()
+        breaks = (self.next_obs[:-1] != self.obs[1:]).any(1).cpu().numpy()
+        ends = np.flatnonzero(flagged | np.append(breaks, True))
+        starts = np.append(0, ends[:-1] + 1)
+        return [(slice(int(a), int(b) + 1), bool(flagged[b])) for a, b in zip(starts, ends, strict=True)]
+
+    def episode_returns(self) -> np.ndarray:
+        """Undiscounted return of every complete episode, (number of complete episodes,)."""
+        reward = self.reward.cpu().double().numpy()
+        return np.array([reward[rows].sum() for rows, complete in self.episodes() if complete])
+
+    def better_half(self, standardise: bool = False) -> OfflineDataset:
+        """The transitions of the complete episodes whose return is at least the median: what filtered cloning clones."""
+        returns = self.episode_returns()
+        if not len(returns):
+            raise ValueError("better_half: expected at least one complete episode, got none")
+        complete = [rows for rows, whole in self.episodes() if whole]
+        keep = [np.r_[rows] for rows, value in zip(complete, returns, strict=True) if value >= np.median(returns)]
+        return self._select(np.concatenate(keep), standardise)
+
+    @classmethod
+    def concat(cls, first: OfflineDataset, second: OfflineDataset, standardise: bool = False) -> OfflineDataset:
+        """Both data sets, one after the other. ValueError where their shapes do not fit."""
+        pairs = [(getattr(first, name).cpu().numpy(), getattr(second, name).cpu().numpy()) for name in cls.columns]
+        if odd := [f"{name} {a.shape} and {b.shape}" for name, (a, b) in zip(cls.columns, pairs, strict=True) if a.shape[1:] != b.shape[1:]]:
+            raise ValueError(f"concat: expected transitions of one environment, got {', '.join(odd)}")
+        provenance = {"parts": [first.provenance, second.provenance]}
+        return cls(*(np.concatenate(pair) for pair in pairs), provenance, standardise=standardise, device=first.device)
+
+    def describe(self) -> str:
+        """A data card: size, episodes, returns, how episodes end, which actions occur."""
+        returns = self.episode_returns()
+        span = f"return {returns.mean():.0f} on average, from {returns.min():.0f} to {returns.max():.0f}" if len(returns) else "no complete one"
+        action = self.action.cpu().numpy()
+        if action.ndim == 1:
+            values, counts = np.unique(action, return_counts=True)
+            actions = ", ".join(f"{v}: {c / len(self):.0%}" for v, c in zip(values, counts, strict=True))
+        else:
+            actions = f"{action.shape[1]} dimensions, mean {action.mean():+.2f}, standard deviation {action.std():.2f}"
+        return (
+            f"transitions  {len(self):,}, observations with {self.obs.shape[1]} numbers\n"
+            f"episodes     {len(self.episodes()):,}, {len(returns):,} of them complete: {span}\n"
+            f"ends         {int(self.terminated.sum()):,} terminated, {int(self.truncated.sum()):,} truncated\n"
+            f"actions      {actions}"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz without pickle, with the provenance. A failed save leaves an older file intact."""
+        save_npz(path, {name: getattr(self, name).cpu().numpy() for name in self.columns}, self.provenance or {"source": "unknown"})
+
+    @classmethod
+    def load(cls, path: str | Path, **options) -> OfflineDataset:
+        """Read what `save` wrote; options as in the constructor. ValueError for a truncated or foreign file."""
+        arrays, provenance = load_npz(path, required=cls.columns)
+        return cls(*(arrays[name] for name in cls.columns), provenance, **options)
+
+    @classmethod
+    def from_d4rl(cls, data: Mapping[str, np.ndarray], **options) -> OfflineDataset:
+        """A D4RL dictionary: observations, actions, rewards, terminals, and timeouts and next_observations if it has them.
+
+        Without next_observations they are the next row's observations; the last row of a timed-out episode, whose successor
+        was not recorded, is dropped and the flag moves to the row before. KeyError names a missing key.
+        """
+        if missing := sorted({"observations", "actions", "rewards", "terminals"} - set(data)):
+            raise KeyError(f"a D4RL dictionary has observations, actions, rewards and terminals; {missing} missing, found {sorted(data)}")
+        obs, action, reward = (np.asarray(data[key]) for key in ("observations", "actions", "rewards"))
+        terminated = np.asarray(data["terminals"]).astype(bool)
+        truncated = np.asarray(data.get("timeouts", np.zeros(len(obs)))).astype(bool) & ~terminated
+        keep = np.ones(len(obs), dtype=bool)
+        if "next_observations" in data:
+            next_obs = np.asarray(data["next_observations"])
+        else:
+            next_obs = np.concatenate([obs[1:], obs[-1:]])
+            keep = terminated | ~(truncated | (np.arange(len(obs)) == len(obs) - 1))
+            truncated = truncated | (np.append(truncated[1:], False) & ~terminated)
+        return cls(*(x[keep] for x in (obs, action, reward, next_obs, terminated, truncated)), {"source": "D4RL dictionary"}, **options)
+
+    @classmethod
+    def from_minari(cls, dataset, **options) -> OfflineDataset:
+        """A Minari data set object (`minari.load_dataset(...)`): its episodes, end to end, true next observations included."""
+        parts = [
+            (e.observations[:-1], e.actions, np.asarray(e.rewards, float), e.observations[1:], e.terminations, e.truncations)
+            for e in dataset.iterate_episodes()
+        ]
+        if not parts:
+            raise ValueError("from_minari: expected at least one episode, got none")
+        columns = [np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(6)]
+        name = getattr(getattr(dataset, "spec", None), "dataset_id", "unknown")
+        return cls(*columns, {"source": f"Minari {name}"}, **options)
+
+
+# ---------------------------------------------------------------------------------------------- acting in environments
+Act = Callable[[torch.Tensor], object]  # (n, O) float32 -> actions (n,) or (n, D), a tensor or an array
+
+
+def _actions(action, envs: gym.vector.VectorEnv) -> np.ndarray:
+    """What `act` returned, as the environments want it. ValueError for another number of actions, or NaN."""
+    action, space = torch.as_tensor(action).detach().cpu().numpy(), envs.action_space
+    if action.size != np.prod(space.shape) or not np.isfinite(action).all():
+        raise ValueError(f"act: expected finite actions of shape {space.shape}, got shape {action.shape}")
+    return action.reshape(space.shape).astype(space.dtype)
+
+
+@torch.no_grad()
+def collect(env_id: str, act: Act, steps: int, seed: int, n_envs: int = 1, **provenance) -> OfflineDataset:
+    """Play whole episodes, numbered 0, 1, 2, ... and reset with seed + number, and keep the first `steps` transitions.
+
+    `act` maps observations (n_envs, O), float32 and not standardised, to actions. `next_obs` is the true successor at time
+    limits, too. Episodes stand in the order of their numbers however many environments play them, so that short ones are not
+    preferred. Further keyword arguments are kept as provenance. gymnasium raises its own error for an unknown environment.
+    """
+    if steps < 1 or n_envs < 1:
+        raise ValueError(f"collect: expected at least one step and one environment, got steps={steps}, n_envs={n_envs}")
+    autoreset = gym.vector.AutoresetMode.DISABLED
+    envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n_envs, autoreset_mode=autoreset)
+    number, started, length = np.arange(n_envs), n_envs, np.zeros(n_envs, dtype=int)
+    finished: dict[int, int] = {}  # number of an episode -> its length
+    whole, prefix = 0, 0  # episodes 0 ... whole - 1 are finished and hold `prefix` transitions
+    obs, _ = envs.reset(seed=[seed + int(k) for k in number])
+    rows: list[tuple] = []
+    while prefix + length[number == whole].sum() < steps:
+        action = _actions(act(torch.as_tensor(obs, dtype=torch.float32)), envs)
+        next_obs, reward, terminated, truncated, _ = envs.step(action)
+        rows.append((number.copy(), obs, action, reward.copy(), next_obs, terminated.copy(), truncated.copy()))
+        length, obs, done = length + 1, next_obs, terminated | truncated
+        if done.any():
+            for i in np.flatnonzero(done):
+                finished[int(number[i])] = int(length[i])
+                number[i], length[i], started = started, 0, started + 1
+            while whole in finished:
+                whole, prefix = whole + 1, prefix + finished[whole]
+            obs, _ = envs.reset(seed=[seed + int(k) for k in number], options={"reset_mask": done})
+    envs.close()
+    episode, *columns = (np.stack(column).reshape(-1, *np.shape(column[0])[1:]) for column in zip(*rows, strict=True))
+    order = np.argsort(episode, kind="stable")[:steps]
+    provenance = {"env_id": env_id, "steps": steps, "seed": seed, "n_envs": n_envs, "versions": versions()} | provenance
+    return OfflineDataset(*(column[order] for column in columns), provenance)
+
+
+def _restore(env_id: str, envs: gym.vector.VectorEnv, obs: np.ndarray) -> None:
+    """Put copy i of the environment into the state that obs[i] shows: exact for CartPole and HalfCheetah, where it shows all
+    that matters (HalfCheetah hides its position along the track, on which nothing depends: it becomes 0)."""
+    if env_id.startswith("CartPole"):
+        envs.unwrapped.state = np.array(obs, dtype=np.float64).T
+    elif env_id.startswith("HalfCheetah"):
+        for env, state in zip(envs.unwrapped.envs, np.asarray(obs, dtype=np.float64), strict=True):
+            env.unwrapped.set_state(np.append(0.0, state[:8]), state[8:])
+    else:
+        raise ValueError(f"env_id: states can be restored for CartPole and HalfCheetah, got {env_id!r}")
+
+
+@torch.no_grad()
+def _returns(envs, obs, act: Act, gamma: float, horizon: int, obs_mean, obs_scale, agents: int | None) -> np.ndarray:
+    """Discounted sum of rewards of each copy's first episode, (n,) or (agents, n)."""
+    alive, total, discount = np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs), 1.0
+    obs_mean, obs_scale = (torch.as_tensor(x, dtype=torch.float32).cpu() for x in (obs_mean, obs_scale))
+    for t in range(horizon):
+        seen = (torch.as_tensor(obs, dtype=torch.float32) - obs_mean) / obs_scale
+        action = act(seen if agents is None else seen.reshape(agents, -1, seen.shape[-1]))
+        action, bonus = action if isinstance(action, tuple) else (action, torch.zeros(()))
+        obs, reward, terminated, truncated, _ = envs.step(_actions(action, envs))
+        extra = np.broadcast_to(torch.as_tensor(bonus).cpu().numpy().reshape(-1), reward.shape) if t else 0.0
+        total, discount = total + discount * alive * (reward + extra), discount * gamma
+        alive &= ~(terminated | truncated)
+        if not alive.any():
+            break
+    envs.close()
+    return total if agents is None else total.reshape(agents, -1)
+
+
+def evaluate(env_id: str, act: Act, seeds: Sequence[int], obs_mean=0.0, obs_scale=1.0, agents: int | None = None) -> np.ndarray:
+    """Undiscounted return of one episode per seed, (len(seeds),): the same start states for whatever is compared.
+
+    `act` maps observations (len(seeds), O), standardised with `obs_mean` and `obs_scale`, to actions. With `agents=E` it maps
+    (E, len(seeds), O) to (E, len(seeds)) or (E, len(seeds), D), and the result is (E, len(seeds)).
+    """
+    if not len(seeds):
+        raise ValueError("seeds: expected at least one, got none")
+    copies = agents or 1
+    envs = gym.make_vec(env_id, copies * len(seeds))
+    if env_id.startswith("CartPole"):  # gymnasium's vectorised CartPole takes one seed for all: start each copy from its own
+        single = gym.make(env_id)
+        start = np.stack([single.reset(seed=int(seed)) and single.unwrapped.state for seed in seeds])
+        envs.reset(seed=0)
+        _restore(env_id, envs, np.tile(start, (copies, 1)))
+        obs = np.tile(start, (copies, 1))
+    else:
+        obs, _ = envs.reset(seed=[int(seed) for seed in seeds] * copies)
+    return _returns(envs, obs, act, 1.0, 1_000_000, obs_mean, obs_scale, agents)
+
+
+def discounted_return(env_id: str, act: Act, obs: np.ndarray, gamma: float, horizon: int = 1000,
+                      obs_mean=0.0, obs_scale=1.0, agents: int | None = None) -> np.ndarray:  # fmt: skip
+    """The truth that a predicted value is judged by: the discounted return of `act`, played from the given states (n, O).
+
+    States are in the environment's units and restored exactly; there is no time limit but `horizon`. If `act` returns a pair
+    (action, bonus), the bonus (n,) is added to the reward from the second step on: with -alpha_ent * log_pi that is the soft
+    value which SAC's critic predicts. The result is (n,), or (agents, n), where each agent starts from all n states.
+    """
+    obs = np.asarray(obs, dtype=np.float64)
+    if obs.ndim != 2 or not len(obs) or not np.isfinite(obs).all():
+        raise ValueError(f"obs: expected finite states of shape (n, O), got shape {obs.shape}")
+    if not 0.0 <= gamma <= 1.0 or horizon < 1:
+        raise ValueError(f"expected 0 <= gamma <= 1 and horizon >= 1, got gamma={gamma}, horizon={horizon}")
+    obs = np.tile(obs, (agents or 1, 1))
+    envs = gym.make_vec(env_id, len(obs), max_episode_steps=horizon + 1)
+    width = envs.single_observation_space.shape
+    if obs.shape[1:] != width:
+        raise ValueError(f"obs: expected states of {env_id}, {width} numbers each, got {obs.shape[1:]}")
+    envs.reset(seed=0)
+    _restore(env_id, envs, obs)
+    return _returns(envs, obs, act, gamma, horizon, obs_mean, obs_scale, agents)
+
+
+# ------------------------------------------------------------------------------------------------ run logs and verdicts
+class RunLog:
+    """A table with named columns, one row per measurement; the csv files of figs/data/ are run logs.
+
+    >>> log = RunLog("alpha_cql", "seed", "value")
+    >>> log.add(alpha_cql=0.5, seed=np.arange(3), value=[1.0, 2.0, 4.0])
+    >>> float(log.where(alpha_cql=0.5, seed=2)["value"][0]), len(log)
+    (4.0, 3)
+    """
+
+    def __init__(self, *columns: str, provenance: Mapping | None = None):
+        if not columns or len(set(columns)) != len(columns):
+            raise ValueError(f"columns: expected distinct names, got {columns}")
+        self.columns, self.rows, self.provenance = columns, [], dict(provenance or {})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, **values) -> None:
+        """Append rows: one value per column, scalars or one-dimensional arrays of one length. ValueError for others or NaN."""
+        if set(values) != set(self.columns):
+            raise ValueError(f"expected the columns {self.columns}, got {tuple(values)}")
+        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(values[name])) for name in self.columns))
+        for name, array in zip(self.columns, arrays, strict=True):
+            if array.ndim != 1 or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+                raise ValueError(f"{name}: expected finite values in one dimension, got shape {array.shape}: {array}")
+        self.rows += zip(*(array.tolist() for array in arrays), strict=True)
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        """A column as an array. KeyError names the columns there are."""
+        if column not in self.columns:
+            raise KeyError(f"expected one of the columns {self.columns}, got {column!r}")
+        return np.array([row[self.columns.index(column)] for row in self.rows])
+
+    def where(self, **equal) -> RunLog:
+        """The rows in which every named column has the value given, which may be empty."""
+        keep = np.ones(len(self), dtype=bool)
+        for column, value in equal.items():
+            keep &= self[column] == value
+        part = RunLog(*self.columns, provenance=self.provenance)
+        part.rows = [row for row, k in zip(self.rows, keep, strict=True) if k]
+        return part
+
+    def seeds(self, x: str, y: str, **equal) -> tuple[np.ndarray, np.ndarray]:
+        """The curves y over x of the selected rows, one per seed: x (T,) and y (S, T). ValueError unless all share one x."""
+        part = self.where(**equal)
+        curves = [part.where(seed=s) for s in np.unique(part["seed"])]
+        if not curves or any(not np.array_equal(c[x], curves[0][x]) for c in curves):
+            raise ValueError(f"expected one curve {y} over {x} per seed, on common points, in the rows with {equal}; got {len(part)} rows")
+        return curves[0][x], np.stack([c[y] for c in curves])
+
+    def save(self, name: str, **provenance) -> Path:
+        """Write figs/data/<name>.csv, seven digits a number, under a header that says where the numbers come from.
+
+        Raises FileExistsError for long runs (names that begin with "long/") that are there already: they cost hours.
+        """
+        path = FIGS / "data" / f"{name}.csv"
+        if name.startswith("long/") and path.exists():
+            raise FileExistsError(f"{path} holds a long run and is not overwritten: remove it first if that is what you want")
+        if not provenance or not self.rows:
+            raise ValueError(f"{name}: expected rows and a provenance, got {len(self)} rows and {provenance}")
+        buffer = io.StringIO()
+        for key, value in (provenance | {"rows": len(self)}).items():
+            buffer.write(f"# {key}: {json.dumps(value)}\n")
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([f"{v:.7g}" if isinstance(v, float) else v for v in row] for row in self.rows)
+        _write(path, buffer.getvalue().encode())
+        return path
+
+    @classmethod
+    def load(cls, name: str) -> RunLog:
+        """Read figs/data/<name>.csv, whole numbers as integers, others as floats, the rest as text. ValueError if it is cut off."""
+        path = next((p for f in (FIGS, ROOT / "figs") if (p := f / "data" / f"{name}.csv").exists()), None)
+        if path is None:
+            raise FileNotFoundError(f"no figs/data/{name}.csv: run the notebook that draws {name}.png first")
+        lines = path.read_text().splitlines()
+        try:
+            header = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+            columns, *rows = csv.reader(line for line in lines if not line.startswith("#"))
+            log = cls(*columns, provenance={key: json.loads(value) for key, value in header.items()})
+            if len(rows) != log.provenance["rows"] or any(len(row) != len(columns) for row in rows):
+                raise ValueError(f"{len(rows)} rows")
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: expected a run log whose header counts its rows, got {error}") from error
+        log.rows = list(zip(*(_parse(column) for column in zip(*rows, strict=True)), strict=True))
+        return log
+
+
+def _parse(column: Sequence[str]) -> list:
+    for kind in (int, float):
+        try:
+            return [kind(value) for value in column]
+        except ValueError:
+            continue
+    return list(column)
+
+
+def verdict(*claims: tuple[str, str, object]) -> None:
+    """Print one line per (claim, threshold, ok), ending in OK or FAIL, and raise AssertionError if any failed.
+
+    `ok` is a boolean or an array of them, one per seed; comparisons with NaN are false, and an empty array is an error.
+
+    >>> verdict(("two and two make four", "exactly", 2 + 2 == 4))
+    two and two make four   exactly   OK
+    """
+    if not claims or any(np.size(ok) == 0 or np.asarray(ok).dtype != bool for _, _, ok in claims):
+        raise ValueError("verdict: expected claims with a boolean each, or an array of booleans that is not empty")
+    wide, wider = (max(len(claim[i]) for claim in claims) for i in (0, 1))
+    for claim, threshold, ok in claims:
+        print(f"{claim:<{wide}}   {threshold:<{wider}}   {'OK' if np.all(ok) else 'FAIL'}")
+    failed = [claim for claim, _, ok in claims if not np.all(ok)]
+    assert not failed, "not reproduced: " + "; ".join(failed)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+# Okabe-Ito: distinguishable with any colour vision; line styles and markers say the same a second time.
+COLORS = {"blue": "#0072b2", "vermilion": "#d55e00", "green": "#009e73", "purple": "#cc79a7", "orange": "#e69f00",
+          "sky": "#56b4e9", "black": "#000000", "grey": "#767676"}  # fmt: skip
+TRUTH = {"color": COLORS["black"], "linestyle": "-", "linewidth": 1.6}
+LAG = {"color": COLORS["grey"], "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
+
+
+def use_style() -> None:
+    """The series' look: white ground, left-aligned titles that state the finding, text of 9 points or more."""
+    plt.rcParams.update({
+        "figure.dpi": 110, "savefig.dpi": 130, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 9.5,
+        "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
+        "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
+    })  # fmt: skip
+
+
+def plot_seeds(ax: Axes, x: np.ndarray, ys: np.ndarray, label: str = "", **style) -> None:
+    """Every seed as a thin line, their mean as a thick one: x (T,), ys (S, T). The label stands at the end of the mean."""
+    ys = np.atleast_2d(ys)
+    if ys.shape[1] != len(x):
+        raise ValueError(f"expected ys (S, {len(x)}), got {ys.shape}")
+    (line,) = ax.plot(x, ys.mean(0), **({"linewidth": 2.0} | style))
+    ax.plot(x, ys.T, color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.6, alpha=0.45)
+    if label:
+        ax.annotate(label, (x[-1], ys.mean(0)[-1]), (4, 0), textcoords="offset points", va="center", color=line.get_color())
+
+
+def show(fig: Figure, name: str, alt: str) -> None:
+    """Save figs/<name>.png and display it, with the alt text as its text form (screen readers get it, nbval compares it).
+
+    Raises ValueError for an alt text shorter than a sentence, FileNotFoundError if figs/data/<name>.csv was not written first.
+    """
+    if len(alt) < 40:
+        raise ValueError(f"alt: expected a sentence that says what the picture shows, got {alt!r}")
+    if not (FIGS / "data" / f"{name}.csv").exists():
+        raise FileNotFoundError(f"{name}: save the numbers behind the picture first, as RunLog.save({name!r}, ...)")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(fig)
+    _write(FIGS / f"{name}.png", buffer.getvalue())
+    display({"image/png": buffer.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
