@@ -12,7 +12,6 @@ import os
 import platform
 import random
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parent
 FIGS = Path(os.environ.get("CQL_FIGS", ROOT / "figs"))  # pictures and their data; the tests send them elsewhere
@@ -87,7 +87,7 @@ def load_npz(path: str | Path, required: Iterable[str] = ()) -> tuple[dict[str, 
         raise
     except KeyError:
         raise ValueError(f"{path}: expected an array named 'provenance', found {sorted(arrays)}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged archive fails in a dozen ways
         raise ValueError(f"{path}: expected an .npz archive written by save_npz, could not read it ({error})") from error
     if missing := sorted(set(required) - set(arrays)):
         raise ValueError(f"{path}: expected the arrays {sorted(required)}, {missing} missing, found {sorted(arrays)}")
@@ -118,6 +118,8 @@ def load_policy(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
         raise ValueError(f"{path}: expected layers that fit together, ending in 2 D outputs: {expected}; found {found}")
     if bad := [name for name, array in arrays.items() if array.dtype.kind != "f" or not np.isfinite(array).all()]:
         raise ValueError(f"{path}: expected finite floating point numbers, not so in {bad}")
+    if not (arrays["obs_scale"] > 0).all():
+        raise ValueError(f"{path}: expected a positive obs_scale, got {arrays['obs_scale']}")
     return arrays, provenance
 
 
@@ -274,8 +276,12 @@ class OfflineDataset:
         Without next_observations they are the next row's observations; the last row of a timed-out episode, whose successor
         was not recorded, is dropped and the flag moves to the row before. KeyError names a missing key.
         """
-        if missing := sorted({"observations", "actions", "rewards", "terminals"} - set(data)):
+        keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+        if missing := sorted(set(keys[:4]) - set(data)):
             raise KeyError(f"a D4RL dictionary has observations, actions, rewards and terminals; {missing} missing, found {sorted(data)}")
+        lengths = {key: len(np.atleast_1d(value)) for key, value in data.items() if key in keys}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"expected arrays of one length, got {lengths}")
         obs, action, reward = (np.asarray(data[key]) for key in ("observations", "actions", "rewards"))
         terminated = np.asarray(data["terminals"]).astype(bool)
         truncated = np.asarray(data.get("timeouts", np.zeros(len(obs)))).astype(bool) & ~terminated
@@ -291,6 +297,9 @@ class OfflineDataset:
     @classmethod
     def from_minari(cls, dataset, **options) -> OfflineDataset:
         """A Minari data set object (`minari.load_dataset(...)`): its episodes, end to end, true next observations included."""
+        if not hasattr(dataset, "iterate_episodes"):
+            kind = type(dataset).__name__
+            raise TypeError(f"from_minari: expected a data set as minari.load_dataset gives it, got {kind}")
         parts = [
             (e.observations[:-1], e.actions, np.asarray(e.rewards, float), e.observations[1:], e.terminations, e.truncations)
             for e in dataset.iterate_episodes()
@@ -307,10 +316,14 @@ Act = Callable[[torch.Tensor], object]  # (n, O) float32 -> actions (n,) or (n, 
 
 
 def _actions(action, envs: gym.vector.VectorEnv) -> np.ndarray:
-    """What `act` returned, as the environments want it. ValueError for another number of actions, or NaN."""
-    action, space = torch.as_tensor(action).detach().cpu().numpy(), envs.action_space
-    if action.size != np.prod(space.shape) or not np.isfinite(action).all():
-        raise ValueError(f"act: expected finite actions of shape {space.shape}, got shape {action.shape}")
+    """What `act` returned, as the environments want it. ValueError for another number or kind of actions, or NaN."""
+    space = envs.action_space
+    action = np.array(None) if action is None else torch.as_tensor(action).detach().cpu().numpy()
+    fits = action.size == np.prod(space.shape) and (len(space.shape) == 1 or action.shape[-1:] == space.shape[-1:])
+    kinds = "iub" if space.dtype.kind == "i" else "iuf"
+    if not fits or action.dtype.kind not in kinds or not np.isfinite(action).all():
+        got = f"shape {action.shape}, {action.dtype}"
+        raise ValueError(f"act: expected finite actions of shape {space.shape} for {space.dtype}, got {got}")
     return action.reshape(space.shape).astype(space.dtype)
 
 
@@ -501,10 +514,11 @@ class RunLog:
         path = next((p for f in (FIGS, ROOT / "figs") if (p := f / "data" / f"{name}.csv").exists()), None)
         if path is None:
             raise FileNotFoundError(f"no figs/data/{name}.csv: run the notebook that draws {name}.png first")
-        lines = path.read_text().splitlines()
         try:
-            header = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-            columns, *rows = csv.reader(line for line in lines if not line.startswith("#"))
+            lines = path.read_text(encoding="utf-8").split("\n")
+            top = next(i for i, line in enumerate([*lines, ""]) if not line.startswith("# "))
+            header = dict(line[2:].split(": ", 1) for line in lines[:top])
+            columns, *rows = csv.reader(io.StringIO("\n".join(lines[top:])))
             log = cls(*columns, provenance={key: json.loads(value) for key, value in header.items()})
             if len(rows) != log.provenance["rows"] or any(len(row) != len(columns) for row in rows):
                 raise ValueError(f"{len(rows)} rows")
@@ -542,44 +556,99 @@ def verdict(*claims: tuple[str, str, object]) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- figures
 # Okabe-Ito: distinguishable with any colour vision; line styles and markers say the same a second time.
-COLORS = {"blue": "#0072b2", "vermilion": "#d55e00", "green": "#009e73", "purple": "#cc79a7", "orange": "#e69f00",
-          "sky": "#56b4e9", "black": "#000000", "grey": "#767676"}  # fmt: skip
-TRUTH = {"color": COLORS["black"], "linestyle": "-", "linewidth": 1.6}
-LAG = {"color": COLORS["grey"], "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
+COLORS = dict(blue="#0072b2", vermilion="#d55e00", green="#009e73", purple="#cc79a7", orange="#e69f00", sky="#56b4e9",
+              black="#000000", grey="#767676")  # fmt: skip
 
 
 def use_style() -> None:
-    """The series' look: white ground, left-aligned titles that state the finding, text of 9 points or more."""
+    """The series' look: white ground, left-aligned titles that state the finding, text of about 9 points or more."""
     plt.rcParams.update({
-        "figure.dpi": 110, "savefig.dpi": 130, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 9.5,
-        "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
-        "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
+        "figure.dpi": 110, "savefig.dpi": 130, "figure.facecolor": "white", "savefig.facecolor": "white",
+        "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.spines.top": False,
+        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+        "figure.constrained_layout.use": True, "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
     })  # fmt: skip
 
 
-def plot_seeds(ax: Axes, x: np.ndarray, ys: np.ndarray, label: str = "", **style) -> None:
-    """Every seed as a thin line, their mean as a thick one: x (T,), ys (S, T). The label stands at the end of the mean."""
+def plot_seeds(ax: Axes, x: np.ndarray, ys: np.ndarray, **style) -> Line2D:
+    """Every seed as a thin line, their mean as a thick one, which is returned: x (T,), ys (S, T)."""
     ys = np.atleast_2d(ys)
     if ys.shape[1] != len(x):
         raise ValueError(f"expected ys (S, {len(x)}), got {ys.shape}")
     (line,) = ax.plot(x, ys.mean(0), **({"linewidth": 2.0} | style))
-    ax.plot(x, ys.T, color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.6, alpha=0.45)
-    if label:
-        ax.annotate(label, (x[-1], ys.mean(0)[-1]), (4, 0), textcoords="offset points", va="center", color=line.get_color())
+    if len(ys) > 1:
+        ax.plot(x, ys.T, color=line.get_color(), linestyle="-", linewidth=0.6, alpha=0.4)
+    return line
+
+
+def label_ends(ax: Axes, lines: Mapping[str, Line2D], size: float = 8.5) -> None:
+    """Write each label at the right end of its line, moved apart vertically where two would overlap."""
+    ax.figure.canvas.draw()
+    low, high = ax.transAxes.transform([(0, 0), (0, 1)])[:, 1]
+    gap = 1.2 * size * ax.figure.dpi / 72 / (high - low)  # height of a line of text, as a fraction of the axes
+    end = {k: (ax.transData.transform((v.get_xdata()[-1], v.get_ydata()[-1]))[1] - low) / (high - low) for k, v in lines.items()}
+    y = -np.inf
+    for left, label in enumerate(sorted(end, key=end.get)):
+        y = max(y + gap, min(np.clip(end[label], 0, 1), 1 - gap * (len(end) - 1 - left)))
+        ax.annotate(label, (1.01, y), xycoords="axes fraction", va="center", fontsize=size, color=lines[label].get_color())
+
+
+def plot_curves(log: RunLog) -> Figure:
+    """Draw a run log with the columns panel, line, seed, x, y: one thin line per seed, their mean thick and labelled.
+
+    The provenance holds the look. `panels`: panel -> {title, xlabel, ylabel and, as needed, xscale, yscale, linthresh, xlim,
+    ylim, xticks {position: label}, yticks}, in reading order. `lines`: line -> {color (a key of COLORS), linestyle, marker,
+    linewidth}. Optionally `ncols` and `size` (inches, inches) of one panel. ``python helpers.py`` redraws every csv of this
+    form. Raises KeyError for a line without a style.
+    """
+    panels, styles = log.provenance["panels"], log.provenance["lines"]
+    ncols = min(log.provenance.get("ncols", 2), len(panels))
+    nrows, (width, height) = -(-len(panels) // ncols), log.provenance.get("size", (4.6, 3.0))
+    fig, axes = plt.subplots(nrows, ncols, figsize=(width * ncols, height * nrows), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, (panel, look) in zip(axes.flat, panels.items(), strict=False):
+        part = log.where(panel=panel)
+        if unknown := set(part["line"].tolist()) - set(styles):
+            raise KeyError(f"expected a style for every line, none for {sorted(unknown)}")
+        drawn = {}
+        for name in (name for name in styles if name in part["line"]):
+            style = styles[name] | {"color": COLORS[styles[name]["color"]]}
+            drawn[name] = plot_seeds(ax, *part.seeds("x", "y", line=name), **style)
+        ax.set_xscale(look.get("xscale", "linear"))
+        ax.set_yscale(look.get("yscale", "linear"), **{k: look[k] for k in ("linthresh",) if k in look})
+        ax.set(**{k: look[k] for k in ("title", "xlabel", "ylabel", "xlim", "ylim", "yticks") if k in look})
+        if "xticks" in look:
+            ax.set_xticks([float(position) for position in look["xticks"]], list(look["xticks"].values()))
+        label_ends(ax, drawn)
+    return fig
+
+
+def save_figure(fig: Figure, name: str) -> bytes:
+    """Write figs/<name>.png, close the figure and return the picture."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(fig)
+    _write(FIGS / f"{name}.png", buffer.getvalue())
+    return buffer.getvalue()
 
 
 def show(fig: Figure, name: str, alt: str) -> None:
-    """Save figs/<name>.png and display it, with the alt text as its text form (screen readers get it, nbval compares it).
+    """Save figs/<name>.png and display it, with the alt text as its text form: screen readers get it, nbval compares it.
 
-    Raises ValueError for an alt text shorter than a sentence, FileNotFoundError if figs/data/<name>.csv was not written first.
+    Raises ValueError for an alt text shorter than a sentence, FileNotFoundError if figs/data/<name>.csv is not there yet.
     """
     if len(alt) < 40:
         raise ValueError(f"alt: expected a sentence that says what the picture shows, got {alt!r}")
     if not (FIGS / "data" / f"{name}.csv").exists():
         raise FileNotFoundError(f"{name}: save the numbers behind the picture first, as RunLog.save({name!r}, ...)")
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(fig)
-    _write(FIGS / f"{name}.png", buffer.getvalue())
-    display({"image/png": buffer.getvalue(), "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
+    png = save_figure(fig, name)
+    display({"image/png": png, "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
+
+
+if __name__ == "__main__":
+    use_style()
+    for path in sorted((FIGS / "data").glob("*.csv")):
+        if "panels" in (run_log := RunLog.load(path.stem)).provenance:
+            save_figure(plot_curves(run_log), path.stem)
+            print(f"figs/{path.stem}.png drawn from figs/data/{path.name}, {len(run_log)} rows")
