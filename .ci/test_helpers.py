@@ -46,9 +46,8 @@ def arrays(n=6, width=3, action_dim=None, seed=0):
     rng = np.random.default_rng(seed)
     obs = np.arange(n)[:, None] + np.linspace(0, 0.5, width)
     action = np.arange(n) % 2 if action_dim is None else rng.uniform(-1, 1, (n, action_dim))
-    flags = np.zeros(n, dtype=bool)
     return {"obs": obs, "action": action, "reward": np.arange(n) * 0.25, "next_obs": obs + 1,
-            "terminated": np.arange(n) % 3 == 2, "truncated": flags}
+            "terminated": np.arange(n) % 3 == 2, "truncated": np.arange(n) % 4 == 1}
 
 
 def dataset(n=6, **options):
