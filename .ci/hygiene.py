@@ -258,18 +258,20 @@ def check_twins(notebooks):
 
 
 def check_figures(notebooks, root):
-    shown = set()
+    shown, code = set(), "\n".join(source for nb in notebooks for _, source, _ in nb.code)
     for nb in notebooks:
         for i, _, _ in nb.code:
             for call in nb.calls(i, "show"):
                 values = [*call.args, *(k.value for k in call.keywords)]
                 shown |= {str(v.value) for v in values if isinstance(v, ast.Constant)}
     figs = root / "figs"
-    for figure in sorted(figs.glob("*")):
-        if figure.is_file() and not (figs / "data" / f"{figure.stem}.csv").exists():
+    for figure in sorted(p for p in figs.glob("*") if p.is_file()):
+        if figure.suffix == ".png" and not (figs / "data" / f"{figure.stem}.csv").exists():
             yield figure, 0, f"figure without data: figs/data/{figure.stem}.csv is missing"
         if figure.suffix == ".png" and figure.stem not in shown:
             yield figure, 0, "no notebook names this figure in show()"
+        if figure.suffix != ".png" and figure.name not in code:
+            yield figure, 0, "no notebook names this file"
     for name in sorted(n for n in shown if re.fullmatch(r"\w+", n)):
         if not (figs / f"{name}.png").exists():
             yield figs / f"{name}.png", 0, "a notebook shows this figure, and it is missing"

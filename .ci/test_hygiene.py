@@ -171,6 +171,7 @@ SPOILERS = {  # name: (the message, what is done to the repository)
                             lambda r: (r.root / "figs/data/curve_1.csv").unlink()),
     "orphan figure": ("no notebook names this figure", lambda r: (
         r.write("figs/old.png", "x"), r.write("figs/data/old.csv", "# seed: 0\n# rows: 0\n"))),
+    "orphan film": ("old.gif: no notebook names this file", lambda r: r.write("figs/old.gif", "x")),
     "figure missing": ("figs/curve_1.png: a notebook shows this figure",
                        lambda r: (r.root / "figs/curve_1.png").unlink()),
     "no provenance": ("without a provenance header",
