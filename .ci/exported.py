@@ -10,6 +10,8 @@ import math
 import types
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -396,6 +398,46 @@ def descend(loss, parameters):
     return gradients
 
 
+class ShortEpisodes:
+    """Episodes of three steps: odd ones hit a time limit, even ones terminate. States show episode, step."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+    episode = 0
+
+    def reset(self, seed=None):
+        self.episode, self.step_number = self.episode + 1, 0
+        return self.seen(), {}
+
+    def step(self, action):
+        self.step_number += 1
+        last, odd = self.step_number == 3, self.episode % 2 == 1
+        return self.seen(), 1.0, last and not odd, last and odd, {}
+
+    def seen(self):
+        return np.array([self.episode, self.step_number], dtype=np.float32)
+
+
+def online_data_are_true(m):
+    """A time limit starts an episode and is no end: the last successor is stored, and is not terminal."""
+    torch.manual_seed(0)
+    env, agent, batches = ShortEpisodes(), m.make_agent(2, 1, (8,), 1e-3, 1e-3, 0.1), []
+    sample, update = agent.actor.sample, m.sac_update
+
+    def watched(obs):
+        assert torch.equal(obs[0], torch.as_tensor(env.seen()))                # acts on the state it is in
+        return sample(obs)
+
+    agent.actor.sample, m.sac_update = watched, lambda agent, batch, *_: batches.append(batch)
+    m.train_online(env, agent, 0, 40, 20, 16, 0.99, 0.01, lambda *_: None)
+    m.sac_update = update
+    assert len(batches) == 20
+    for obs, action, reward, next_obs, terminated in batches:
+        episode, step = obs.unbind(1)
+        assert step.max() <= 2 and torch.equal(next_obs, obs + torch.tensor([0.0, 1.0]))
+        assert torch.equal(terminated, ((episode % 2 == 0) & (step == 2)).float())
+        assert reward.eq(1).all() and action.abs().max() <= 1
+
+
 # ---- 04: CQL(H) on top of SAC -------------------------------------------------------------------------
 
 def integral_of_a_constant(m):
@@ -437,4 +479,4 @@ SAC = [sac_critic_loss_by_hand, sac_target_by_hand, sac_actor_loss_by_hand, temp
        bounds_are_finite, actor_of_any_depth, entropy_ceiling, sac_update_is_what_it_says,
        sac_learns_a_bandit, sac_sees_the_future]
 CQL_SAC = [integral_of_a_constant, integral_by_hand, cql_sac_loss_by_hand]
-CHECKS = {"01": SAC, "03": DISCRETE, "04": CQL_SAC + SAC, "A1": SAC}
+CHECKS = {"01": SAC, "03": DISCRETE, "04": CQL_SAC + SAC, "A1": [online_data_are_true, *SAC]}
