@@ -1,6 +1,6 @@
-"""Plumbing shared by the notebooks: data, evaluation, run logs, verdicts, figures. No network, loss or update lives here.
+"""Plumbing shared by the notebooks: data, evaluation, run logs, verdicts, figures. No network, loss or update.
 
-``python helpers.py`` redraws every figure that is curves over a csv file of ``figs/data/``, in seconds and without training.
+``python helpers.py`` redraws, without training, every figure that is curves over a csv file of ``figs/data/``.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ ROOT = Path(__file__).resolve().parent
 FIGS = Path(os.environ.get("CQL_FIGS", ROOT / "figs"))  # pictures and their data; the tests send them elsewhere
 
 
-# ---------------------------------------------------------------------------------------------------- reproducibility
+def _expect(ok: object, message: str, error: type[Exception] = ValueError) -> None:
+    if not ok:
+        raise error(message)
+
+
+# ------------------------------------------------------------------------------------------ reproducibility
 def seed_everything(seed: int) -> torch.Generator:
     """Seed Python, NumPy and torch, and return a fresh torch.Generator with the same seed to draw batches from.
 
     Results repeat on one machine with one version of torch; across machines they agree in distribution only.
 
-    >>> bool((seed_everything(0).initial_seed() == 0) and (torch.rand(1) == torch.rand(1, generator=seed_everything(0))))
+    >>> torch.equal(torch.rand(3, generator=seed_everything(0)), torch.rand(3, generator=seed_everything(0)))
     True
     """
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (the old global generator: other people's code may draw from it)
+    np.random.seed(seed)  # noqa: NPY002  (other people's code may draw from the old global generator)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
@@ -47,10 +52,11 @@ def seed_everything(seed: int) -> torch.Generator:
 def versions() -> str:
     """One line that names Python, the libraries and the machine's architecture, for the last cell of a notebook."""
     libraries = ("torch", "gymnasium", "mujoco", "numpy", "matplotlib")
-    return ", ".join([f"Python {platform.python_version()} on {platform.machine()}", *(f"{name} {version(name)}" for name in libraries)])
+    python = f"Python {platform.python_version()} on {platform.machine()}"
+    return ", ".join([python, *(f"{name} {version(name)}" for name in libraries)])
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 def _write(path: Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, then rename it: a failure leaves the old file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +73,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray], provenance: Mapping[str, object]) -> None:
     """Write arrays and their provenance (a dictionary that json can hold) as one compressed .npz without pickle."""
-    if not arrays or not provenance:
-        raise ValueError(f"{path}: expected at least one array and a provenance, got {len(arrays)} arrays and {dict(provenance)}")
+    got = f"{len(arrays)} arrays and {dict(provenance)}"
+    _expect(arrays and provenance, f"{path}: expected at least one array and a provenance, got {got}")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, provenance=np.array(json.dumps(dict(provenance))), **arrays, allow_pickle=False)
     _write(Path(path), buffer.getvalue())
@@ -88,24 +94,25 @@ def load_npz(path: str | Path, required: Iterable[str] = ()) -> tuple[dict[str, 
     except KeyError:
         raise ValueError(f"{path}: expected an array named 'provenance', found {sorted(arrays)}") from None
     except Exception as error:  # a damaged archive fails in a dozen ways
-        raise ValueError(f"{path}: expected an .npz archive written by save_npz, could not read it ({error})") from error
-    if missing := sorted(set(required) - set(arrays)):
-        raise ValueError(f"{path}: expected the arrays {sorted(required)}, {missing} missing, found {sorted(arrays)}")
+        raise ValueError(f"{path}: expected an .npz archive written by save_npz, not readable ({error})") from error
+    missing, found = sorted(set(required) - set(arrays)), sorted(arrays)
+    _expect(not missing, f"{path}: expected the arrays {sorted(required)}, {missing} missing, found {found}")
     return arrays, provenance
 
 
 def load_policy(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     """Read the arrays of a tanh-Gaussian policy and their provenance; the notebook builds its own actor from them.
 
-    Returns (arrays, provenance): `w0` (O, H), `b0` (H,), `w1`, ... layer by layer, the last with 2 D outputs (mean, then
-    log standard deviation), and `obs_mean`, `obs_scale` (O,). Provenance names env_id, seed, steps, return_mean and
-    return_std (undiscounted, actions sampled, over 20 episodes).
+    Returns (arrays, provenance): `w0` (O, H), `b0` (H,), `w1`, ... layer by layer, the last with 2 D outputs (mean,
+    then log standard deviation), and `obs_mean`, `obs_scale` (O,). Provenance names env_id, seed, steps, return_mean
+    and return_std (undiscounted, actions sampled, over 20 episodes).
 
     Raises ValueError for a file that is truncated, lacks provenance, holds other shapes or non-finite numbers.
     """
     arrays, provenance = load_npz(path, required=("w0", "b0", "obs_mean", "obs_scale"))
-    if missing := sorted({"env_id", "seed", "steps", "return_mean", "return_std"} - set(provenance)):
-        raise ValueError(f"{path}: expected a provenance with env_id, seed, steps, return_mean and return_std, {missing} missing")
+    keys = {"env_id", "seed", "steps", "return_mean", "return_std"}
+    missing = sorted(keys - set(provenance))
+    _expect(not missing, f"{path}: expected a provenance with {sorted(keys)}, {missing} missing")
     depth = sum(name.startswith("w") for name in arrays)
     width = len(arrays["obs_mean"]) if arrays["obs_mean"].ndim == 1 else -1
     expected: dict[str, tuple[int, ...]] = {"obs_mean": (width,), "obs_scale": (width,)}
@@ -114,76 +121,77 @@ def load_policy(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
         expected |= {f"w{i}": (width, out), f"b{i}": (out,)}
         width = out
     found = {name: array.shape for name, array in arrays.items()}
-    if found != expected or width % 2:
-        raise ValueError(f"{path}: expected layers that fit together, ending in 2 D outputs: {expected}; found {found}")
-    if bad := [name for name, array in arrays.items() if array.dtype.kind != "f" or not np.isfinite(array).all()]:
-        raise ValueError(f"{path}: expected finite floating point numbers, not so in {bad}")
-    if not (arrays["obs_scale"] > 0).all():
-        raise ValueError(f"{path}: expected a positive obs_scale, got {arrays['obs_scale']}")
+    fit = found == expected and width % 2 == 0
+    _expect(fit, f"{path}: expected layers that fit together, ending in 2 D outputs: {expected}; found {found}")
+    bad = [name for name, array in arrays.items() if array.dtype.kind != "f" or not np.isfinite(array).all()]
+    _expect(not bad, f"{path}: expected finite floating point numbers, not so in {bad}")
+    scale = arrays["obs_scale"]
+    _expect((scale > 0).all(), f"{path}: expected a positive obs_scale, got {scale}")
     return arrays, provenance
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class OfflineDataset:
     """A fixed set of n transitions in memory, in the order in which they were recorded.
 
-    Arguments: obs and next_obs (n, O) floating; action (n,) integer or (n, D) floating; reward (n,) floating; terminated and
-    truncated (n,) boolean. They become tensors of the same names on `device` (float32, int64, bool), in the environment's
-    own units. `terminated` says that the task ended there (no future, no bootstrap), `truncated` that the recording did.
+    Arguments: obs and next_obs (n, O) floating; action (n,) integer or (n, D) floating; reward (n,) floating;
+    terminated and truncated (n,) boolean. They become tensors of the same names on `device` (float32, int64,
+    bool), in the environment's own units. `terminated` says that the task ended there (no future, no bootstrap),
+    `truncated` that the recording did.
 
-    With `standardise=True`, `obs_mean` and `obs_scale` (O,) are the states' mean and standard deviation and `sample` returns
-    standardised states; otherwise they are 0 and 1.
+    With `standardise=True`, `obs_mean` and `obs_scale` (O,) are the states' mean and standard deviation and
+    `sample` returns standardised states; otherwise they are 0 and 1.
 
-    Raises TypeError or ValueError that names the array, what was expected and what came: wrong shape or dtype, lengths that
-    differ, no transitions, NaN or infinite values.
+    Raises TypeError or ValueError that names the array, what was expected and what came: wrong shape or dtype,
+    lengths that differ, no transitions, NaN or infinite values.
     """
 
     columns = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 
     def __init__(self, obs, action, reward, next_obs, terminated, truncated, provenance: Mapping | None = None, *,
                  standardise: bool = False, device: str | torch.device = "cpu"):  # fmt: skip
-        arrays = dict(zip(self.columns, map(np.asarray, (obs, action, reward, next_obs, terminated, truncated)), strict=True))
-        n = len(arrays["obs"]) if arrays["obs"].ndim else 0
-        if n == 0:
-            raise ValueError(f"obs: expected at least one transition, got an array of shape {arrays['obs'].shape}")
-        kinds = {"action": "iuf", "terminated": "b", "truncated": "b"}
+        given = (obs, action, reward, next_obs, terminated, truncated)
+        arrays = dict(zip(self.columns, map(np.asarray, given), strict=True))
+        shape = arrays["obs"].shape
+        _expect(shape and shape[0], f"obs: expected at least one transition, got an array of shape {shape}")
         for name, array in arrays.items():
             dims = {2} if "obs" in name else {1, 2} if name == "action" else {1}
-            if array.ndim not in dims or len(array) != n or ("obs" in name and array.shape != arrays["obs"].shape):
-                raise ValueError(f"{name}: expected {n} rows and {sorted(dims)} dimensions, obs and next_obs alike; got shape {array.shape}")
-            if array.dtype.kind not in kinds.get(name, "f"):
-                raise TypeError(f"{name}: expected dtype kind {kinds.get(name, 'f')!r} (i integer, f floating, b boolean), got {array.dtype}")
-            if (name == "action") and (array.ndim == 2) != (array.dtype.kind == "f"):
-                raise TypeError(f"action: expected (n,) integers or (n, D) floating point numbers, got {array.dtype} of shape {array.shape}")
-            to = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64)
+            fits = array.ndim in dims and len(array) == shape[0] and ("obs" not in name or array.shape == shape)
+            rows = f"{shape[0]} rows and {sorted(dims)} dimensions, obs and next_obs alike"
+            _expect(fits, f"{name}: expected {rows}; got shape {array.shape}")
+            kinds = {"action": "f" if array.ndim == 2 else "iu", "terminated": "b", "truncated": "b"}.get(name, "f")
+            wanted = f"dtype kind {kinds!r} (i, u integer, f floating, b boolean)"
+            got = f"{array.dtype} of shape {array.shape}"
+            _expect(array.dtype.kind in kinds, f"{name}: expected {wanted}, got {got}", TypeError)
             with np.errstate(over="ignore"):
-                array = array.astype(to)
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name}: expected finite numbers, got {int((~np.isfinite(array)).sum())} NaN or infinite ones")
+                array = array.astype({"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64))
+            bad = int((~np.isfinite(array)).sum())
+            _expect(not bad, f"{name}: expected finite numbers, got {bad} NaN or infinite ones")
             setattr(self, name, torch.as_tensor(array, device=device))
-        self.provenance, self.standardise, self.device = dict(provenance or {}), standardise, torch.device(device)
-        states = self.obs.double()
-        self.obs_mean = states.mean(0).float() if standardise else torch.zeros_like(self.obs[0])
-        self.obs_scale = states.std(0, correction=0).clamp_min(1e-6).float() if standardise else torch.ones_like(self.obs[0])
+        self.provenance, self.standardise = dict(provenance or {}), standardise
+        self.device, one = torch.device(device), torch.ones_like(self.obs[0])
+        self.obs_mean = self.obs.double().mean(0).float() if standardise else 0 * one
+        self.obs_scale = self.obs.double().std(0, correction=0).clamp_min(1e-6).float() if standardise else one
 
     def __len__(self) -> int:
         return len(self.reward)
 
     def sample(self, batch_size: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Batch:
-        """Draw transitions uniformly, with replacement: obs (B, O), action (B,) or (B, D), reward (B,), next_obs (B, O) and
-        terminated (B,), which is floating, 0. or 1. A sequence of E generators gives every array a leading dimension E, row
-        e being what generator e alone would draw.
+        """Draw transitions uniformly, with replacement: obs (B, O), action (B,) or (B, D), reward (B,), next_obs
+        (B, O) and terminated (B,), which is floating, 0. or 1. A sequence of E generators gives every array a leading
+        dimension E, row e being what generator e alone would draw.
 
         >>> zeros = np.zeros((4, 2)); flags = np.zeros(4, dtype=bool)
         >>> data = OfflineDataset(zeros, np.arange(4), np.ones(4), zeros, flags, flags)
         >>> [tuple(x.shape) for x in data.sample(3, seed_everything(0))]
         [(3, 2), (3,), (3,), (3, 2), (3,)]
         """
-        if not isinstance(batch_size, int) or not 1 <= batch_size <= len(self):
-            raise ValueError(f"batch_size: expected an integer from 1 to the {len(self)} transitions there are, got {batch_size!r}")
+        wanted = f"an integer from 1 to the {len(self)} transitions there are"
+        fits = isinstance(batch_size, int) and 1 <= batch_size <= len(self)
+        _expect(fits, f"batch_size: expected {wanted}, got {batch_size!r}")
         one = generator is None or isinstance(generator, torch.Generator)
         draws = [
             torch.randint(len(self), (batch_size,), generator=g, device=g.device if g else self.device)
@@ -196,9 +204,8 @@ class OfflineDataset:
         return obs, self.action[i], self.reward[i], next_obs, self.terminated[i].float()
 
     def states(self, n: int, generator: torch.Generator | None = None) -> np.ndarray:
-        """n states of the data (n, O), drawn without replacement, float64 and in the environment's units: where truth starts."""
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n: expected 1 to {len(self)} states, got {n}")
+        """n states (n, O), drawn without replacement, float64, in the environment's units: where truth starts."""
+        _expect(1 <= n <= len(self), f"n: expected 1 to {len(self)} states, got {n}")
         return self.obs.cpu().double().numpy()[torch.randperm(len(self), generator=generator)[:n].numpy()]
 
     def _select(self, rows, standardise: bool) -> OfflineDataset:
@@ -207,12 +214,11 @@ class OfflineDataset:
 
     def take(self, n: int, standardise: bool = False) -> OfflineDataset:
         """The first n transitions as a data set of their own. ValueError unless 1 <= n <= len(self)."""
-        if not 1 <= n <= len(self):
-            raise ValueError(f"n: expected 1 to the {len(self)} transitions there are, got {n}")
+        _expect(1 <= n <= len(self), f"n: expected 1 to the {len(self)} transitions there are, got {n}")
         return self._select(slice(n), standardise)
 
     def episodes(self) -> list[tuple[slice, bool]]:
-        """(rows, complete) of each episode. One that stops without a flag, because the recording was cut, is not complete."""
+        """(rows, complete) of each episode; one without a flag at its end, cut by the recording, is not complete."""
         flagged = (self.terminated | self.truncated).cpu().numpy()
         breaks = (self.next_obs[:-1] != self.obs[1:]).any(1).cpu().numpy()
         ends = np.flatnonzero(flagged | np.append(breaks, True))
@@ -225,10 +231,9 @@ class OfflineDataset:
         return np.array([reward[rows].sum() for rows, complete in self.episodes() if complete])
 
     def better_half(self, standardise: bool = False) -> OfflineDataset:
-        """The transitions of the complete episodes whose return is at least the median: what filtered cloning clones."""
+        """Transitions of the complete episodes whose return is at least the median: what filtered cloning clones."""
         returns = self.episode_returns()
-        if not len(returns):
-            raise ValueError("better_half: expected at least one complete episode, got none")
+        _expect(len(returns), "better_half: expected at least one complete episode, got none")
         complete = [rows for rows, whole in self.episodes() if whole]
         keep = [np.r_[rows] for rows, value in zip(complete, returns, strict=True) if value >= np.median(returns)]
         return self._select(np.concatenate(keep), standardise)
@@ -236,17 +241,19 @@ class OfflineDataset:
     @classmethod
     def concat(cls, first: OfflineDataset, second: OfflineDataset, standardise: bool = False) -> OfflineDataset:
         """Both data sets, one after the other. ValueError where their shapes do not fit."""
-        pairs = [(getattr(first, name).cpu().numpy(), getattr(second, name).cpu().numpy()) for name in cls.columns]
-        if odd := [f"{name} {a.shape} and {b.shape}" for name, (a, b) in zip(cls.columns, pairs, strict=True) if a.shape[1:] != b.shape[1:]]:
-            raise ValueError(f"concat: expected transitions of one environment, got {', '.join(odd)}")
+        pairs = [[getattr(data, name).cpu().numpy() for data in (first, second)] for name in cls.columns]
+        for name, (a, b) in zip(cls.columns, pairs, strict=True):
+            fits = a.shape[1:] == b.shape[1:]
+            _expect(fits, f"concat: expected transitions of one environment, got {name} {a.shape} and {b.shape}")
         provenance = {"parts": [first.provenance, second.provenance]}
-        return cls(*(np.concatenate(pair) for pair in pairs), provenance, standardise=standardise, device=first.device)
+        return cls(*map(np.concatenate, pairs), provenance, standardise=standardise, device=first.device)
 
     def describe(self) -> str:
         """A data card: size, episodes, returns, how episodes end, which actions occur."""
         returns = self.episode_returns()
-        span = f"return {returns.mean():.0f} on average, from {returns.min():.0f} to {returns.max():.0f}" if len(returns) else "no complete one"
-        action = self.action.cpu().numpy()
+        span, action = "no return to report", self.action.cpu().numpy()
+        if len(returns):
+            span = f"return {returns.mean():.0f} on average, from {returns.min():.0f} to {returns.max():.0f}"
         if action.ndim == 1:
             values, counts = np.unique(action, return_counts=True)
             actions = ", ".join(f"{v}: {c / len(self):.0%}" for v, c in zip(values, counts, strict=True))
@@ -261,7 +268,8 @@ class OfflineDataset:
 
     def save(self, path: str | Path) -> None:
         """Write one .npz without pickle, with the provenance. A failed save leaves an older file intact."""
-        save_npz(path, {name: getattr(self, name).cpu().numpy() for name in self.columns}, self.provenance or {"source": "unknown"})
+        arrays = {name: getattr(self, name).cpu().numpy() for name in self.columns}
+        save_npz(path, arrays, self.provenance or {"source": "unknown"})
 
     @classmethod
     def load(cls, path: str | Path, **options) -> OfflineDataset:
@@ -271,17 +279,16 @@ class OfflineDataset:
 
     @classmethod
     def from_d4rl(cls, data: Mapping[str, np.ndarray], **options) -> OfflineDataset:
-        """A D4RL dictionary: observations, actions, rewards, terminals, and timeouts and next_observations if it has them.
+        """A D4RL dictionary: observations, actions, rewards, terminals; timeouts and next_observations if it has them.
 
-        Without next_observations they are the next row's observations; the last row of a timed-out episode, whose successor
-        was not recorded, is dropped and the flag moves to the row before. KeyError names a missing key.
+        Without next_observations they are the next row's observations; the last row of a timed-out episode, whose
+        successor was not recorded, is dropped and the flag moves to the row before. KeyError names a missing key.
         """
         keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-        if missing := sorted(set(keys[:4]) - set(data)):
-            raise KeyError(f"a D4RL dictionary has observations, actions, rewards and terminals; {missing} missing, found {sorted(data)}")
+        missing, found = sorted(set(keys[:4]) - set(data)), sorted(data)
+        _expect(not missing, f"a D4RL dictionary has {keys[:4]}; {missing} missing, found {found}", KeyError)
         lengths = {key: len(np.atleast_1d(value)) for key, value in data.items() if key in keys}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"expected arrays of one length, got {lengths}")
+        _expect(len(set(lengths.values())) == 1, f"expected arrays of one length, got {lengths}")
         obs, action, reward = (np.asarray(data[key]) for key in ("observations", "actions", "rewards"))
         terminated = np.asarray(data["terminals"]).astype(bool)
         truncated = np.asarray(data.get("timeouts", np.zeros(len(obs)))).astype(bool) & ~terminated
@@ -292,26 +299,24 @@ class OfflineDataset:
             next_obs = np.concatenate([obs[1:], obs[-1:]])
             keep = terminated | ~(truncated | (np.arange(len(obs)) == len(obs) - 1))
             truncated = truncated | (np.append(truncated[1:], False) & ~terminated)
-        return cls(*(x[keep] for x in (obs, action, reward, next_obs, terminated, truncated)), {"source": "D4RL dictionary"}, **options)
+        arrays = (obs, action, reward, next_obs, terminated, truncated)
+        return cls(*(array[keep] for array in arrays), {"source": "D4RL dictionary"}, **options)
 
     @classmethod
     def from_minari(cls, dataset, **options) -> OfflineDataset:
-        """A Minari data set object (`minari.load_dataset(...)`): its episodes, end to end, true next observations included."""
-        if not hasattr(dataset, "iterate_episodes"):
-            kind = type(dataset).__name__
-            raise TypeError(f"from_minari: expected a data set as minari.load_dataset gives it, got {kind}")
+        """A Minari data set (`minari.load_dataset(...)`): its episodes, end to end, with true next observations."""
+        wanted = f"a data set as minari.load_dataset gives it, got {type(dataset).__name__}"
+        _expect(hasattr(dataset, "iterate_episodes"), f"from_minari: expected {wanted}", TypeError)
         parts = [
-            (e.observations[:-1], e.actions, np.asarray(e.rewards, float), e.observations[1:], e.terminations, e.truncations)
+            (e.observations[:-1], e.actions, e.rewards.astype(float), e.observations[1:], e.terminations, e.truncations)
             for e in dataset.iterate_episodes()
-        ]
-        if not parts:
-            raise ValueError("from_minari: expected at least one episode, got none")
-        columns = [np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(6)]
+        ]  # fmt: skip
+        _expect(parts, "from_minari: expected at least one episode, got none")
         name = getattr(getattr(dataset, "spec", None), "dataset_id", "unknown")
-        return cls(*columns, {"source": f"Minari {name}"}, **options)
+        return cls(*map(np.concatenate, zip(*parts, strict=True)), {"source": f"Minari {name}"}, **options)
 
 
-# ---------------------------------------------------------------------------------------------- acting in environments
+# ------------------------------------------------------------------------------------ acting in environments
 Act = Callable[[torch.Tensor], object]  # (n, O) float32 -> actions (n,) or (n, D), a tensor or an array
 
 
@@ -321,9 +326,9 @@ def _actions(action, envs: gym.vector.VectorEnv) -> np.ndarray:
     action = np.array(None) if action is None else torch.as_tensor(action).detach().cpu().numpy()
     fits = action.size == np.prod(space.shape) and (len(space.shape) == 1 or action.shape[-1:] == space.shape[-1:])
     kinds = "iub" if space.dtype.kind == "i" else "iuf"
-    if not fits or action.dtype.kind not in kinds or not np.isfinite(action).all():
-        got = f"shape {action.shape}, {action.dtype}"
-        raise ValueError(f"act: expected finite actions of shape {space.shape} for {space.dtype}, got {got}")
+    fits = fits and action.dtype.kind in kinds and np.isfinite(action).all()
+    wanted, got = f"{space.shape} for {space.dtype}", f"shape {action.shape}, {action.dtype}"
+    _expect(fits, f"act: expected finite actions of shape {wanted}, got {got}")
     return action.reshape(space.shape).astype(space.dtype)
 
 
@@ -331,12 +336,13 @@ def _actions(action, envs: gym.vector.VectorEnv) -> np.ndarray:
 def collect(env_id: str, act: Act, steps: int, seed: int, n_envs: int = 1, **provenance) -> OfflineDataset:
     """Play whole episodes, numbered 0, 1, 2, ... and reset with seed + number, and keep the first `steps` transitions.
 
-    `act` maps observations (n_envs, O), float32 and not standardised, to actions. `next_obs` is the true successor at time
-    limits, too. Episodes stand in the order of their numbers however many environments play them, so that short ones are not
-    preferred. Further keyword arguments are kept as provenance. gymnasium raises its own error for an unknown environment.
+    `act` maps observations (n_envs, O), float32 and not standardised, to actions. `next_obs` is the true successor
+    at time limits, too. Episodes stand in the order of their numbers however many environments play them, so that
+    short ones are not preferred. Further keyword arguments are kept as provenance. gymnasium raises its own error
+    for an unknown environment.
     """
-    if steps < 1 or n_envs < 1:
-        raise ValueError(f"collect: expected at least one step and one environment, got steps={steps}, n_envs={n_envs}")
+    got = f"steps={steps}, n_envs={n_envs}"
+    _expect(steps >= 1 and n_envs >= 1, f"collect: expected at least one step and one environment, got {got}")
     autoreset = gym.vector.AutoresetMode.DISABLED
     envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * n_envs, autoreset_mode=autoreset)
     number, started, length = np.arange(n_envs), n_envs, np.zeros(n_envs, dtype=int)
@@ -357,15 +363,17 @@ def collect(env_id: str, act: Act, steps: int, seed: int, n_envs: int = 1, **pro
                 whole, prefix = whole + 1, prefix + finished[whole]
             obs, _ = envs.reset(seed=[seed + int(k) for k in number], options={"reset_mask": done})
     envs.close()
-    episode, *columns = (np.stack(column).reshape(-1, *np.shape(column[0])[1:]) for column in zip(*rows, strict=True))
+    columns = (np.stack(column) for column in zip(*rows, strict=True))
+    episode, *columns = (column.reshape(-1, *column.shape[2:]) for column in columns)
     order = np.argsort(episode, kind="stable")[:steps]
-    provenance = {"env_id": env_id, "steps": steps, "seed": seed, "n_envs": n_envs, "versions": versions()} | provenance
-    return OfflineDataset(*(column[order] for column in columns), provenance)
+    about = {"env_id": env_id, "steps": steps, "seed": seed, "n_envs": n_envs, "versions": versions()}
+    return OfflineDataset(*(column[order] for column in columns), about | provenance)
 
 
 def _restore(env_id: str, envs: gym.vector.VectorEnv, obs: np.ndarray) -> None:
-    """Put copy i of the environment into the state that obs[i] shows: exact for CartPole and HalfCheetah, where it shows all
-    that matters (HalfCheetah hides its position along the track, on which nothing depends: it becomes 0)."""
+    """Put copy i of the environment into the state that obs[i] shows. Exact for CartPole and HalfCheetah, where it
+    shows all that matters (HalfCheetah hides its position along the track, on which nothing depends: it becomes 0).
+    """
     if env_id.startswith("CartPole"):
         envs.unwrapped.state = np.array(obs, dtype=np.float64).T
     elif env_id.startswith("HalfCheetah"):
@@ -376,7 +384,7 @@ def _restore(env_id: str, envs: gym.vector.VectorEnv, obs: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def _returns(envs, obs, act: Act, gamma: float, horizon: int, obs_mean, obs_scale, agents: int | None) -> np.ndarray:
+def _returns(envs, obs, act: Act, gamma: float, horizon: int, obs_mean, obs_scale, agents) -> np.ndarray:
     """Discounted sum of rewards of each copy's first episode, (n,) or (agents, n)."""
     alive, total, discount = np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs), 1.0
     obs_mean, obs_scale = (torch.as_tensor(x, dtype=torch.float32).cpu() for x in (obs_mean, obs_scale))
@@ -394,17 +402,17 @@ def _returns(envs, obs, act: Act, gamma: float, horizon: int, obs_mean, obs_scal
     return total if agents is None else total.reshape(agents, -1)
 
 
-def evaluate(env_id: str, act: Act, seeds: Sequence[int], obs_mean=0.0, obs_scale=1.0, agents: int | None = None) -> np.ndarray:
+def evaluate(env_id: str, act: Act, seeds: Sequence[int],
+             obs_mean=0.0, obs_scale=1.0, agents: int | None = None) -> np.ndarray:  # fmt: skip
     """Undiscounted return of one episode per seed, (len(seeds),): the same start states for whatever is compared.
 
-    `act` maps observations (len(seeds), O), standardised with `obs_mean` and `obs_scale`, to actions. With `agents=E` it maps
-    (E, len(seeds), O) to (E, len(seeds)) or (E, len(seeds), D), and the result is (E, len(seeds)).
+    `act` maps observations (len(seeds), O), standardised with `obs_mean` and `obs_scale`, to actions. With `agents=E`
+    it maps (E, len(seeds), O) to (E, len(seeds)) or (E, len(seeds), D), and the result is (E, len(seeds)).
     """
-    if not len(seeds):
-        raise ValueError("seeds: expected at least one, got none")
+    _expect(len(seeds), "seeds: expected at least one, got none")
     copies = agents or 1
     envs = gym.make_vec(env_id, copies * len(seeds))
-    if env_id.startswith("CartPole"):  # gymnasium's vectorised CartPole takes one seed for all: start each copy from its own
+    if env_id.startswith("CartPole"):  # gymnasium's vectorised CartPole takes one seed for all copies
         single = gym.make(env_id)
         start = np.stack([single.reset(seed=int(seed)) and single.unwrapped.state for seed in seeds])
         envs.reset(seed=0)
@@ -417,28 +425,28 @@ def evaluate(env_id: str, act: Act, seeds: Sequence[int], obs_mean=0.0, obs_scal
 
 def discounted_return(env_id: str, act: Act, obs: np.ndarray, gamma: float, horizon: int = 1000,
                       obs_mean=0.0, obs_scale=1.0, agents: int | None = None) -> np.ndarray:  # fmt: skip
-    """The truth that a predicted value is judged by: the discounted return of `act`, played from the given states (n, O).
+    """The truth that a predicted value is judged by: the discounted return of `act`, from the given states (n, O).
 
-    States are in the environment's units and restored exactly; there is no time limit but `horizon`. If `act` returns a pair
-    (action, bonus), the bonus (n,) is added to the reward from the second step on: with -alpha_ent * log_pi that is the soft
-    value which SAC's critic predicts. The result is (n,), or (agents, n), where each agent starts from all n states.
+    States are in the environment's units and restored exactly; there is no time limit but `horizon`. If `act`
+    returns a pair (action, bonus), the bonus (n,) is added to the reward from the second step on: with
+    -alpha_ent * log_pi that is the soft value which SAC's critic predicts. The result is (n,), or (agents, n), where
+    each agent starts from all n states.
     """
     obs = np.asarray(obs, dtype=np.float64)
-    if obs.ndim != 2 or not len(obs) or not np.isfinite(obs).all():
-        raise ValueError(f"obs: expected finite states of shape (n, O), got shape {obs.shape}")
-    if not 0.0 <= gamma <= 1.0 or horizon < 1:
-        raise ValueError(f"expected 0 <= gamma <= 1 and horizon >= 1, got gamma={gamma}, horizon={horizon}")
+    fits = obs.ndim == 2 and len(obs) and np.isfinite(obs).all()
+    _expect(fits, f"obs: expected finite states of shape (n, O), got shape {obs.shape}")
+    wanted, got = "0 <= gamma <= 1 and horizon >= 1", f"gamma={gamma}, horizon={horizon}"
+    _expect(0.0 <= gamma <= 1.0 and horizon >= 1, f"expected {wanted}, got {got}")
     obs = np.tile(obs, (agents or 1, 1))
     envs = gym.make_vec(env_id, len(obs), max_episode_steps=horizon + 1)
     width = envs.single_observation_space.shape
-    if obs.shape[1:] != width:
-        raise ValueError(f"obs: expected states of {env_id}, {width} numbers each, got {obs.shape[1:]}")
+    _expect(obs.shape[1:] == width, f"obs: expected states of {env_id}, {width} each, got {obs.shape[1:]}")
     envs.reset(seed=0)
     _restore(env_id, envs, obs)
     return _returns(envs, obs, act, gamma, horizon, obs_mean, obs_scale, agents)
 
 
-# ------------------------------------------------------------------------------------------------ run logs and verdicts
+# -------------------------------------------------------------------------------------- run logs and verdicts
 class RunLog:
     """A table with named columns, one row per measurement; the csv files of figs/data/ are run logs.
 
@@ -449,27 +457,26 @@ class RunLog:
     """
 
     def __init__(self, *columns: str, provenance: Mapping | None = None):
-        if not columns or len(set(columns)) != len(columns):
-            raise ValueError(f"columns: expected distinct names, got {columns}")
+        distinct = columns and len(set(columns)) == len(columns)
+        _expect(distinct, f"columns: expected distinct names, got {columns}")
         self.columns, self.rows, self.provenance = columns, [], dict(provenance or {})
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, **values) -> None:
-        """Append rows: one value per column, scalars or one-dimensional arrays of one length. ValueError for others or NaN."""
-        if set(values) != set(self.columns):
-            raise ValueError(f"expected the columns {self.columns}, got {tuple(values)}")
+        """Append rows: for each column a scalar or a one-dimensional array. ValueError for other shapes or NaN."""
+        _expect(set(values) == set(self.columns), f"expected the columns {self.columns}, got {tuple(values)}")
         arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(values[name])) for name in self.columns))
         for name, array in zip(self.columns, arrays, strict=True):
-            if array.ndim != 1 or (array.dtype.kind == "f" and not np.isfinite(array).all()):
-                raise ValueError(f"{name}: expected finite values in one dimension, got shape {array.shape}: {array}")
+            fits = array.ndim == 1 and (array.dtype.kind != "f" or np.isfinite(array).all())
+            _expect(fits, f"{name}: expected finite values in one dimension, got shape {array.shape}: {array}")
         self.rows += zip(*(array.tolist() for array in arrays), strict=True)
 
     def __getitem__(self, column: str) -> np.ndarray:
         """A column as an array. KeyError names the columns there are."""
-        if column not in self.columns:
-            raise KeyError(f"expected one of the columns {self.columns}, got {column!r}")
+        known = column in self.columns
+        _expect(known, f"expected one of the columns {self.columns}, got {column!r}", KeyError)
         return np.array([row[self.columns.index(column)] for row in self.rows])
 
     def where(self, **equal) -> RunLog:
@@ -482,11 +489,12 @@ class RunLog:
         return part
 
     def seeds(self, x: str, y: str, **equal) -> tuple[np.ndarray, np.ndarray]:
-        """The curves y over x of the selected rows, one per seed: x (T,) and y (S, T). ValueError unless all share one x."""
+        """Curves of the selected rows, one per seed: x (T,) and y (S, T). ValueError unless all share one x."""
         part = self.where(**equal)
         curves = [part.where(seed=s) for s in np.unique(part["seed"])]
-        if not curves or any(not np.array_equal(c[x], curves[0][x]) for c in curves):
-            raise ValueError(f"expected one curve {y} over {x} per seed, on common points, in the rows with {equal}; got {len(part)} rows")
+        fits = curves and all(np.array_equal(c[x], curves[0][x]) for c in curves)
+        got = f"{len(part)} rows with {equal}"
+        _expect(fits, f"expected one curve {y} over {x} per seed, on common points, got {got}")
         return curves[0][x], np.stack([c[y] for c in curves])
 
     def save(self, name: str, **provenance) -> Path:
@@ -495,10 +503,10 @@ class RunLog:
         Raises FileExistsError for long runs (names that begin with "long/") that are there already: they cost hours.
         """
         path = FIGS / "data" / f"{name}.csv"
-        if name.startswith("long/") and path.exists():
-            raise FileExistsError(f"{path} holds a long run and is not overwritten: remove it first if that is what you want")
-        if not provenance or not self.rows:
-            raise ValueError(f"{name}: expected rows and a provenance, got {len(self)} rows and {provenance}")
+        free = not (name.startswith("long/") and path.exists())
+        _expect(free, f"{path} holds a long run and is not overwritten: remove it first", FileExistsError)
+        got = f"{len(self)} rows and {provenance}"
+        _expect(provenance and self.rows, f"{name}: expected rows and a provenance, got {got}")
         buffer = io.StringIO()
         for key, value in (provenance | {"rows": len(self)}).items():
             buffer.write(f"# {key}: {json.dumps(value)}\n")
@@ -510,18 +518,17 @@ class RunLog:
 
     @classmethod
     def load(cls, name: str) -> RunLog:
-        """Read figs/data/<name>.csv, whole numbers as integers, others as floats, the rest as text. ValueError if it is cut off."""
+        """Read figs/data/<name>.csv: columns of integers, floats or else text. ValueError if the file is cut off."""
         path = next((p for f in (FIGS, ROOT / "figs") if (p := f / "data" / f"{name}.csv").exists()), None)
-        if path is None:
-            raise FileNotFoundError(f"no figs/data/{name}.csv: run the notebook that draws {name}.png first")
+        _expect(path, f"no figs/data/{name}.csv: run the notebook that draws {name}.png first", FileNotFoundError)
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
             top = next(i for i, line in enumerate([*lines, ""]) if not line.startswith("# "))
             header = dict(line[2:].split(": ", 1) for line in lines[:top])
             columns, *rows = csv.reader(io.StringIO("\n".join(lines[top:])))
             log = cls(*columns, provenance={key: json.loads(value) for key, value in header.items()})
-            if len(rows) != log.provenance["rows"] or any(len(row) != len(columns) for row in rows):
-                raise ValueError(f"{len(rows)} rows")
+            whole = len(rows) == log.provenance["rows"] and all(len(row) == len(columns) for row in rows)
+            _expect(whole, f"{len(rows)} rows")
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path}: expected a run log whose header counts its rows, got {error}") from error
         log.rows = list(zip(*(_parse(column) for column in zip(*rows, strict=True)), strict=True))
@@ -545,8 +552,8 @@ def verdict(*claims: tuple[str, str, object]) -> None:
     >>> verdict(("two and two make four", "exactly", 2 + 2 == 4))
     two and two make four   exactly   OK
     """
-    if not claims or any(np.size(ok) == 0 or np.asarray(ok).dtype != bool for _, _, ok in claims):
-        raise ValueError("verdict: expected claims with a boolean each, or an array of booleans that is not empty")
+    fits = claims and all(np.size(ok) and np.asarray(ok).dtype == bool for _, _, ok in claims)
+    _expect(fits, "verdict: expected claims with a boolean each, or an array of booleans that is not empty")
     wide, wider = (max(len(claim[i]) for claim in claims) for i in (0, 1))
     for claim, threshold, ok in claims:
         print(f"{claim:<{wide}}   {threshold:<{wider}}   {'OK' if np.all(ok) else 'FAIL'}")
@@ -554,10 +561,10 @@ def verdict(*claims: tuple[str, str, object]) -> None:
     assert not failed, "not reproduced: " + "; ".join(failed)
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# --------------------------------------------------------------------------------------------------- figures
 # Okabe-Ito: distinguishable with any colour vision; line styles and markers say the same a second time.
-COLORS = dict(blue="#0072b2", vermilion="#d55e00", green="#009e73", purple="#cc79a7", orange="#e69f00", sky="#56b4e9",
-              black="#000000", grey="#767676")  # fmt: skip
+COLORS = dict(blue="#0072b2", vermilion="#d55e00", green="#009e73", purple="#cc79a7", orange="#e69f00",
+              sky="#56b4e9", black="#000000", grey="#767676")  # fmt: skip
 
 
 def use_style() -> None:
@@ -573,8 +580,7 @@ def use_style() -> None:
 def plot_seeds(ax: Axes, x: np.ndarray, ys: np.ndarray, **style) -> Line2D:
     """Every seed as a thin line, their mean as a thick one, which is returned: x (T,), ys (S, T)."""
     ys = np.atleast_2d(ys)
-    if ys.shape[1] != len(x):
-        raise ValueError(f"expected ys (S, {len(x)}), got {ys.shape}")
+    _expect(ys.shape[1] == len(x), f"expected ys (S, {len(x)}), got {ys.shape}")
     (line,) = ax.plot(x, ys.mean(0), **({"linewidth": 2.0} | style))
     if len(ys) > 1:
         ax.plot(x, ys.T, color=line.get_color(), linestyle="-", linewidth=0.6, alpha=0.4)
@@ -586,20 +592,22 @@ def label_ends(ax: Axes, lines: Mapping[str, Line2D], size: float = 8.5) -> None
     ax.figure.canvas.draw()
     low, high = ax.transAxes.transform([(0, 0), (0, 1)])[:, 1]
     gap = 1.2 * size * ax.figure.dpi / 72 / (high - low)  # height of a line of text, as a fraction of the axes
-    end = {k: (ax.transData.transform((v.get_xdata()[-1], v.get_ydata()[-1]))[1] - low) / (high - low) for k, v in lines.items()}
+    last = {label: (line.get_xdata()[-1], line.get_ydata()[-1]) for label, line in lines.items()}
+    end = {label: (ax.transData.transform(point)[1] - low) / (high - low) for label, point in last.items()}
     y = -np.inf
     for left, label in enumerate(sorted(end, key=end.get)):
         y = max(y + gap, min(np.clip(end[label], 0, 1), 1 - gap * (len(end) - 1 - left)))
-        ax.annotate(label, (1.01, y), xycoords="axes fraction", va="center", fontsize=size, color=lines[label].get_color())
+        color = lines[label].get_color()
+        ax.annotate(label, (1.01, y), xycoords="axes fraction", va="center", fontsize=size, color=color)
 
 
 def plot_curves(log: RunLog) -> Figure:
     """Draw a run log with the columns panel, line, seed, x, y: one thin line per seed, their mean thick and labelled.
 
-    The provenance holds the look. `panels`: panel -> {title, xlabel, ylabel and, as needed, xscale, yscale, linthresh, xlim,
-    ylim, xticks {position: label}, yticks}, in reading order. `lines`: line -> {color (a key of COLORS), linestyle, marker,
-    linewidth}. Optionally `ncols` and `size` (inches, inches) of one panel. ``python helpers.py`` redraws every csv of this
-    form. Raises KeyError for a line without a style.
+    The provenance holds the look. `panels`: panel -> {title, xlabel, ylabel and, as needed, xscale, yscale,
+    linthresh, xlim, ylim, xticks {position: label}, yticks}, in reading order. `lines`: line -> {color (a key of
+    COLORS), linestyle, marker, linewidth}. Optionally `ncols` and `size` (inches, inches) of one panel.
+    ``python helpers.py`` redraws every csv of this form. Raises KeyError for a line without a style.
     """
     panels, styles = log.provenance["panels"], log.provenance["lines"]
     ncols = min(log.provenance.get("ncols", 2), len(panels))
@@ -609,8 +617,8 @@ def plot_curves(log: RunLog) -> Figure:
         ax.remove()
     for ax, (panel, look) in zip(axes.flat, panels.items(), strict=False):
         part = log.where(panel=panel)
-        if unknown := set(part["line"].tolist()) - set(styles):
-            raise KeyError(f"expected a style for every line, none for {sorted(unknown)}")
+        unknown = sorted(set(part["line"].tolist()) - set(styles))
+        _expect(not unknown, f"expected a style for every line, none for {unknown}", KeyError)
         drawn = {}
         for name in (name for name in styles if name in part["line"]):
             style = styles[name] | {"color": COLORS[styles[name]["color"]]}
@@ -634,14 +642,14 @@ def save_figure(fig: Figure, name: str) -> bytes:
 
 
 def show(fig: Figure, name: str, alt: str) -> None:
-    """Save figs/<name>.png and display it, with the alt text as its text form: screen readers get it, nbval compares it.
+    """Save figs/<name>.png and display it, with the alt text as its text form, which nbval compares.
 
-    Raises ValueError for an alt text shorter than a sentence, FileNotFoundError if figs/data/<name>.csv is not there yet.
+    Raises ValueError for an alt text shorter than a sentence, FileNotFoundError if figs/data/<name>.csv is missing.
     """
-    if len(alt) < 40:
-        raise ValueError(f"alt: expected a sentence that says what the picture shows, got {alt!r}")
-    if not (FIGS / "data" / f"{name}.csv").exists():
-        raise FileNotFoundError(f"{name}: save the numbers behind the picture first, as RunLog.save({name!r}, ...)")
+    _expect(len(alt) >= 40, f"alt: expected a sentence that says what the picture shows, got {alt!r}")
+    saved = (FIGS / "data" / f"{name}.csv").exists()
+    wanted = f"save the numbers behind the picture first, as RunLog.save({name!r}, ...)"
+    _expect(saved, f"{name}: {wanted}", FileNotFoundError)
     png = save_figure(fig, name)
     display({"image/png": png, "text/plain": alt}, raw=True, metadata={"image/png": {"alt": alt}})
 
