@@ -24,7 +24,7 @@ def text(value):
 
 class Notebook:
     def __init__(self, path):
-        self.path, self.number = path, re.match(r"0?(\w+?)_|$", path.name).group(1)
+        self.path, self.number = path, re.match(r"0?([^_.]*)", path.name).group(1)
         self.json = json.loads(path.read_text(encoding="utf-8"))
         self.cells = [(i, c["cell_type"], text(c["source"]), c) for i, c in enumerate(self.json["cells"], 1)]
         self.code = [(i, source, c) for i, kind, source, c in self.cells if kind == "code" and source.strip()]
@@ -59,9 +59,9 @@ def comments(source):
 
 
 def bare_alpha(tree):
-    """Lines that read, bind or take a name `alpha`; the keyword in plot(..., alpha=0.5) is not one."""
-    return [n.lineno for n in ast.walk(tree)
-            if isinstance(n, ast.Name) and n.id == "alpha" or isinstance(n, ast.arg) and n.arg == "alpha"]
+    """Lines that use a variable, argument or attribute `alpha`; the keyword in plot(..., alpha=0.5) is not one."""
+    names = {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr"}
+    return [n.lineno for n in ast.walk(tree) if type(n) in names and getattr(n, names[type(n)]) == "alpha"]
 
 
 # ---- one notebook -------------------------------------------------------------------------------------

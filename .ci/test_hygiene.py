@@ -142,6 +142,7 @@ SPOILERS = {  # name: (the message, what is done to the repository)
     "alpha bound": ("bare name alpha in line 2", lambda r: r.append("x = 1\nalpha = 2")),
     "alpha read": ("bare name alpha", lambda r: r.append("print(alpha)")),
     "alpha argument": ("bare name alpha", lambda r: r.append("def loss(q, alpha):\n    return q")),
+    "alpha attribute": ("bare name alpha", lambda r: r.append("agent.alpha = 1")),
     "alpha in helpers": ("helpers.py: bare name alpha", lambda r: r.write("helpers.py", "alpha = 1")),
     "helpers in export": ("an export cell imports helpers",
                           lambda r: r.append("from helpers import show", tags=["export"])),
