@@ -59,9 +59,11 @@ def comments(source):
 
 
 def bare_alpha(tree):
-    """Lines that use a variable, argument or attribute `alpha`; the keyword in plot(..., alpha=0.5) is not one."""
+    """Complaint about a variable, argument or attribute `alpha`; the keyword in plot(..., alpha=0.5) is none."""
     names = {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr"}
-    return [n.lineno for n in ast.walk(tree) if type(n) in names and getattr(n, names[type(n)]) == "alpha"]
+    lines = {n.lineno for n in ast.walk(tree) if type(n) in names and getattr(n, names[type(n)]) == "alpha"}
+    if lines:
+        yield f"bare name alpha in line {', '.join(map(str, sorted(lines)))}: alpha_cql or alpha_ent?"
 
 
 # ---- one notebook -------------------------------------------------------------------------------------
@@ -111,8 +113,8 @@ def check_code(nb):
         if i not in nb.trees:
             yield i, "code that does not parse"
             continue
-        for line in bare_alpha(nb.trees[i]):
-            yield i, f"bare name alpha in line {line}: alpha_cql or alpha_ent?"
+        for message in bare_alpha(nb.trees[i]):
+            yield i, message
         if "export" in tags(cell) and re.search(r"^\s*(import|from) helpers\b", source, re.M):
             yield i, "an export cell imports helpers"
 
@@ -298,8 +300,8 @@ def check_layout(root):
             for message in check_markdown(content, path, root):
                 yield path, 0, message
         else:
-            for line in bare_alpha(ast.parse(content)):
-                yield path, 0, f"bare name alpha in line {line}: alpha_cql or alpha_ent?"
+            for message in bare_alpha(ast.parse(content)):
+                yield path, 0, message
 
 
 def check(root):
