@@ -625,9 +625,11 @@ def plot_curves(log: RunLog) -> Figure:
             drawn[name] = plot_seeds(ax, *part.seeds("x", "y", line=name), **style)
         ax.set_xscale(look.get("xscale", "linear"))
         ax.set_yscale(look.get("yscale", "linear"), **{k: look[k] for k in ("linthresh",) if k in look})
-        ax.set(**{k: look[k] for k in ("title", "xlabel", "ylabel", "xlim", "ylim", "yticks") if k in look})
+        ax.set(**{k: look[k] for k in ("title", "xlabel", "ylabel", "xlim", "ylim") if k in look})
         if "xticks" in look:
             ax.set_xticks([float(position) for position in look["xticks"]], list(look["xticks"].values()))
+        if "yticks" in look:
+            ax.set_yticks(look["yticks"], [f"{tick:,g}" for tick in look["yticks"]])
         label_ends(ax, drawn)
     return fig
 
