@@ -95,7 +95,7 @@ def test_seed_everything_repeats():
 
 
 def test_versions_name_the_libraries():
-    for name in ("Python 3", f"torch {torch.__version__}", f"numpy {np.__version__}", "mujoco", "gymnasium"):
+    for name in ("Python 3", f"torch {torch.__version__.partition('+')[0]}", f"numpy {np.__version__}", "mujoco", "gymnasium"):
         assert name in helpers.versions()
 
 
