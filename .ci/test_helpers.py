@@ -95,7 +95,8 @@ def test_seed_everything_repeats():
 
 
 def test_versions_name_the_libraries():
-    for name in ("Python 3", f"torch {torch.__version__.partition('+')[0]}", f"numpy {np.__version__}", "mujoco", "gymnasium"):
+    build = torch.__version__.partition("+")[0]               # 2.13.0 of 2.13.0+cpu
+    for name in ("Python 3", f"torch {build}", f"numpy {np.__version__}", "mujoco", "gymnasium"):
         assert name in helpers.versions()
 
 
