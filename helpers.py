@@ -570,7 +570,7 @@ COLORS = dict(blue="#0072b2", vermilion="#d55e00", green="#009e73", purple="#cc7
 def use_style() -> None:
     """The series' look: white ground, left-aligned titles that state the finding, text of about 9 points or more."""
     plt.rcParams.update({
-        "figure.dpi": 110, "savefig.dpi": 130, "figure.facecolor": "white", "savefig.facecolor": "white",
+        "figure.dpi": 110, "savefig.dpi": 110, "figure.facecolor": "white", "savefig.facecolor": "white",
         "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
         "figure.constrained_layout.use": True, "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
@@ -637,7 +637,7 @@ def plot_curves(log: RunLog) -> Figure:
 def save_figure(fig: Figure, name: str) -> bytes:
     """Write figs/<name>.png, close the figure and return the picture."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", metadata={"Software": None})
+    fig.savefig(buffer, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
     plt.close(fig)
     _write(FIGS / f"{name}.png", buffer.getvalue())
     return buffer.getvalue()
