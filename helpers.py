@@ -27,6 +27,8 @@ from matplotlib.lines import Line2D
 
 ROOT = Path(__file__).resolve().parent
 FIGS = Path(os.environ.get("CQL_FIGS", ROOT / "figs"))  # pictures and their data; the tests send them elsewhere
+# A second thread makes networks this small a fifth faster, and ten times slower when another program wants its core.
+torch.set_num_threads(1)
 
 
 def _expect(ok: object, message: str, error: type[Exception] = ValueError) -> None:
