@@ -502,20 +502,23 @@ class RunLog:
     def save(self, name: str, **provenance) -> Path:
         """Write figs/data/<name>.csv, seven digits a number, under a header that says where the numbers come from.
 
-        Raises FileExistsError for long runs (names that begin with "long/") that are there already: they cost hours.
+        A long run (a name that begins with "long/") costs hours: one that is there already may be extended, by a log
+        that begins with all its rows and has more, and raises FileExistsError otherwise.
         """
         path = FIGS / "data" / f"{name}.csv"
-        free = not (name.startswith("long/") and path.exists())
-        _expect(free, f"{path} holds a long run and is not overwritten: remove it first", FileExistsError)
         got = f"{len(self)} rows and {provenance}"
         _expect(provenance and self.rows, f"{name}: expected rows and a provenance, got {got}")
         buffer = io.StringIO()
-        for key, value in (provenance | {"rows": len(self)}).items():
-            buffer.write(f"# {key}: {json.dumps(value)}\n")
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(self.columns)
         writer.writerows([f"{v:.7g}" if isinstance(v, float) else v for v in row] for row in self.rows)
-        _write(path, buffer.getvalue().encode())
+        table = buffer.getvalue()
+        if name.startswith("long/") and path.exists():
+            stored = "".join(s for s in path.read_text(encoding="utf-8").splitlines(True) if not s.startswith("# "))
+            longer = table.startswith(stored) and table != stored
+            _expect(longer, f"{path} holds a long run and is not overwritten: remove it first", FileExistsError)
+        header = "".join(f"# {key}: {json.dumps(value)}\n" for key, value in (provenance | {"rows": len(self)}).items())
+        _write(path, (header + table).encode())
         return path
 
     @classmethod

@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import tempfile
 import types
 from pathlib import Path
 
@@ -470,6 +471,138 @@ def cql_sac_loss_by_hand(m):
     close(slope, (q_data.detach() - target - 1) / 5, 1e-10)
 
 
+def proposals_are_what_they_say(m):
+    """Own densities; the uniform fills the box, whatever its bounds; next_obs only moves the second block."""
+    for box in ({}, BOX):
+        actor, obs, next_obs = an_actor(m, action_dim=2, **box), double(6, 3), double(6, 3, seed=1)
+        low, high = box.get("low", -1.0), box.get("high", 1.0)
+        actions, log_density = m.propose(actor, obs, next_obs, 400)
+        assert actions.shape == (6, 1200, 2) and actions.dtype == torch.float64
+        here, there, uniform = actions.split(400, 1)
+        uniform_density = torch.full((6, 400), -2 * math.log(high - low))
+        expected = actor.log_prob(obs, here), actor.log_prob(next_obs, there), uniform_density.double()
+        close(log_density, torch.cat(expected, 1), 1e-6)
+        assert low <= uniform.min() < low + 0.1 and high - 0.1 < uniform.max() <= high
+        assert (uniform.mean((0, 1)) - (low + high) / 2).abs().max() < 0.03 * (high - low)
+        assert (uniform.std((0, 1)) / (high - low) - 12**-0.5).abs().max() < 0.02
+        assert uniform[:, :, 0].ne(uniform[:, :, 1]).all()
+
+
+def cql_update_is_what_it_says(m):
+    """One step of gradient descent in chunks, against the same step written out: critics, actor, temperature."""
+    for entropy_in_target, chunk in ((False, 8), (True, 32), (False, 20)):
+        torch.manual_seed(0)
+        agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
+        agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,)).state_dict())
+        for name, optimiser in vars(agent).items():
+            if isinstance(optimiser, torch.optim.Optimizer):
+                parameters = [p for group in optimiser.param_groups for p in group["params"]]
+                setattr(agent, name, torch.optim.SGD(parameters, lr=0.1))
+        obs, action, next_obs = torch.randn(32, 3), torch.rand(32, 2) * 2 - 1, torch.randn(32, 3)
+        batch = obs, action, torch.randn(32), next_obs, (torch.randn(32) > 0).float()
+        expected, state = copy.deepcopy(agent), torch.get_rng_state()
+
+        seen, critic_loss = [], m.cql_sac_critic_loss
+        m.cql_sac_critic_loss = lambda *args, seen=seen, f=critic_loss: (seen.extend([args[1], args[3]]), f(*args))[1]
+        said = m.cql_sac_update(agent, batch, 0.7, 5, 0.9, 0.25, entropy_in_target, chunk)
+        m.cql_sac_critic_loss = critic_loss
+        assert not any(x.requires_grad for x in seen) and not said["loss"].requires_grad
+
+        torch.set_rng_state(state)
+        gradients = written_out(m, expected, batch, 0.2 if entropy_in_target else 0.0, said)
+        for p, gradient in zip(agent.critic.parameters(), gradients, strict=True):
+            close(p.grad, gradient, 1e-4)                     # the actor's loss does not reach the critics
+        for part in ("critic", "actor", "critic_target"):
+            for p, q in zip(getattr(agent, part).parameters(), getattr(expected, part).parameters(), strict=True):
+                close(p.data, q.data, 1e-5)
+        close(agent.log_alpha_ent.data, expected.log_alpha_ent.data, 1e-5)
+        assert all(p.requires_grad for p in agent.critic.parameters())
+
+
+def written_out(m, expected, batch, bonus, said):
+    obs, action, reward, next_obs, terminated = batch
+    critic, actor = expected.critic, expected.actor
+    with torch.no_grad():
+        next_action, log_pi = actor.sample(next_obs)
+        v_next = expected.critic_target(next_obs, next_action).amin(0) - bonus * log_pi
+        target = reward + 0.9 * v_next * (terminated == 0)
+        samples, log_density = m.propose(actor, obs, next_obs, 5)
+    q_data = critic(obs, action)
+    gap = ((critic(obs, samples) - log_density).exp().mean(-1).log() - q_data).mean(-1)
+    td = ((q_data - target) ** 2).mean(-1).sum() / 2
+    gradients = descend(td + 0.7 * gap.sum(), critic.parameters())
+    close(said["gap"], gap.detach(), 1e-4)
+    close(said["td"], td.detach(), 1e-4)
+    close(said["loss"], (td + 0.7 * gap.sum()).detach(), 1e-4)
+    pi_action, log_pi = actor.sample(obs)
+    descend((0.2 * log_pi - critic(obs, pi_action).amin(0)).mean(), actor.parameters())
+    descend(-(expected.log_alpha_ent.exp() * (log_pi.detach() - 2)).mean(), [expected.log_alpha_ent])
+    for s, p in zip(expected.critic_target.parameters(), critic.parameters(), strict=True):
+        s.data = 0.75 * s.data + 0.25 * p.data
+    return gradients
+
+
+def cql_update_of_several_agents(m):
+    """Agents side by side with a weight each: raising one agent's weight moves that agent alone."""
+    batch = torch.randn(3, 16, 4), torch.rand(3, 16, 2), torch.randn(3, 16), torch.randn(3, 16, 4), torch.zeros(3, 16)
+    weights = []
+    for alpha_cql in ([1.0, 1.0, 1.0], [1.0, 9.0, 1.0]):
+        torch.manual_seed(0)
+        agent = m.make_agent(4, 2, (8,), 0.0, 0.1, 0.2, agents=3)
+        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.1)
+        said = m.cql_sac_update(agent, batch, torch.tensor(alpha_cql), 3, 0.9, 0.1, False, 5)
+        assert said["gap"].shape == (2, 3)
+        weights.append(agent.critic.net.weights[0].detach().view(2, 3, -1))
+    moved = (weights[0] - weights[1]).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False, True, False], moved
+
+
+def runs_resume_and_stop(m):
+    """A resumed run equals an uninterrupted one; NaN stops a run, and its last checkpoint stays."""
+    def run(path, steps, spoil=None):
+        torch.manual_seed(0)
+        generator, agent, seen = torch.Generator().manual_seed(1), m.make_agent(2, 1, (8,), 1e-3, 1e-3, 0.1), []
+
+        def sample(n):
+            x = torch.rand(n, 6, generator=generator)
+            reward = x[:, 0] * (float("nan") if len(seen) == spoil else 1.0)
+            seen.append(1)
+            return x[:, :2], 2 * x[:, 2:3] - 1, reward, x[:, 3:5], torch.zeros(n)
+
+        m.train_cql(agent, sample, steps, 16, 1.0, 2, 0.9, 0.1, lambda *_: None, 5, path, [generator])
+        return torch.cat([p.detach().flatten() for p in [*agent.critic.parameters(), *agent.actor.parameters()]])
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, half = f"{folder}/whole.pt", f"{folder}/half.pt"
+        expected = run(whole, 20)
+        run(half, 10)
+        assert torch.equal(run(half, 20), expected)
+        before = Path(half).read_bytes()
+        for _ in range(2):
+            try:
+                run(half, 40, spoil=2)
+                raise RuntimeError("a NaN in the rewards went unnoticed")
+            except FloatingPointError as error:
+                assert "step 23" in str(error) and "batch" in str(error) and "step 20" in str(error), error
+        assert Path(half).read_bytes() == before and len(list(Path(folder).iterdir())) == 2
+        Path(half).write_bytes(before[:100])
+        try:
+            run(half, 40)
+            raise RuntimeError("a damaged checkpoint went unnoticed")
+        except ValueError as error:
+            assert "half.pt" in str(error)
+
+
+def lagrange_by_hand(m):
+    gap, log_alpha_cql = torch.tensor([2.0, -3.0], dtype=torch.float64, requires_grad=True), double(2)
+    log_alpha_cql.requires_grad_()
+    loss = m.lagrange_loss(log_alpha_cql, gap, -1.0)
+    close(loss, -(log_alpha_cql.exp() * torch.tensor([3.0, -2.0])).sum())
+    loss.backward()
+    assert gap.grad is None and log_alpha_cql.grad[0] < 0 < log_alpha_cql.grad[1]      # minimising: up, down
+    close(m.normalised_gap(double(3), double(3, seed=1), 8.0), double(3) - math.log(8) - double(3, seed=1))
+
+
 DISCRETE = [gap_by_hand, gap_shapes_and_dtypes, gap_gradient, target_by_hand, target_shapes_and_dtypes,
             dqn_loss_by_hand, dqn_loss_of_several_agents, dqn_loss_gradient, dqn_update,
             dqn_update_of_several_agents]
@@ -478,5 +611,6 @@ SAC = [sac_critic_loss_by_hand, sac_target_by_hand, sac_actor_loss_by_hand, temp
        density_integrates_to_one, dimensions_are_independent, samples_follow_the_density, mode_is_the_median,
        bounds_are_finite, actor_of_any_depth, entropy_ceiling, sac_update_is_what_it_says,
        sac_learns_a_bandit, sac_sees_the_future]
-CQL_SAC = [integral_of_a_constant, integral_by_hand, cql_sac_loss_by_hand]
+CQL_SAC = [integral_of_a_constant, integral_by_hand, cql_sac_loss_by_hand, proposals_are_what_they_say,
+           cql_update_is_what_it_says, cql_update_of_several_agents, runs_resume_and_stop, lagrange_by_hand]
 CHECKS = {"01": SAC, "03": DISCRETE, "04": CQL_SAC + SAC, "A1": [online_data_are_true, *SAC]}

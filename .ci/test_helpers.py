@@ -855,6 +855,21 @@ def test_long_runs_are_not_overwritten(figs):
     run_log().save("x", seed=1)                              # short ones are
 
 
+def test_long_runs_may_be_extended(figs):
+    """A resumed run stores its curve again, with more rows; another run's rows are no extension."""
+    first, longer, other = run_log(), run_log(), run_log()
+    first.save("long/x", seed=0)
+    longer.add(**{column: 9.0 for column in longer.columns})
+    longer.save("long/x", seed=0)
+    assert len(RunLog.load("long/x")) == len(longer) == len(first) + 1
+    other.rows[0], other.rows[1] = other.rows[1], other.rows[0]
+    other.rows += longer.rows
+    for refused in (first, longer, other):
+        with pytest.raises(FileExistsError, match="is not overwritten"):
+            refused.save("long/x", seed=0)
+    assert len(RunLog.load("long/x")) == len(longer)
+
+
 def test_damaged_run_log_is_refused(figs):
     path = run_log().save("x", seed=0)
     content = path.read_text()
