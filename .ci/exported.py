@@ -542,6 +542,23 @@ def written_out(m, expected, batch, bonus, said):
     return gradients
 
 
+def bfloat16_is_an_approximation(m):
+    """The option changes the gradient of the critics a little, and nothing else; the data's own term not at all."""
+    batch = double(64, 3).float(), torch.rand(64, 2), torch.randn(64), torch.randn(64, 3), torch.zeros(64)
+    gradients = []
+    for bf16, alpha_cql in ((False, 2.0), (True, 2.0), (False, 0.0), (True, 0.0)):
+        torch.manual_seed(0)
+        agent = m.make_agent(3, 2, (16, 16), 0.0, 0.0, 0.2)
+        agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16, 16)).state_dict())
+        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
+        said = m.cql_sac_update(agent, batch, alpha_cql, 4, 0.9, 0.1, False, 32, bf16)
+        gradients.append((torch.cat([p.grad.flatten() for p in agent.critic.parameters()]), said))
+    (exact, one), (rough, two), (plain, _), (same, _) = gradients
+    close(plain, same, 1e-6)
+    assert rough.ne(exact).any() and (rough - exact).norm() < 0.05 * exact.norm()
+    close(two["gap"], one["gap"], 0.02)
+
+
 def cql_update_of_several_agents(m):
     """Agents side by side with a weight each: raising one agent's weight moves that agent alone."""
     batch = torch.randn(3, 16, 4), torch.rand(3, 16, 2), torch.randn(3, 16), torch.randn(3, 16, 4), torch.zeros(3, 16)
@@ -612,5 +629,6 @@ SAC = [sac_critic_loss_by_hand, sac_target_by_hand, sac_actor_loss_by_hand, temp
        bounds_are_finite, actor_of_any_depth, entropy_ceiling, sac_update_is_what_it_says,
        sac_learns_a_bandit, sac_sees_the_future]
 CQL_SAC = [integral_of_a_constant, integral_by_hand, cql_sac_loss_by_hand, proposals_are_what_they_say,
-           cql_update_is_what_it_says, cql_update_of_several_agents, runs_resume_and_stop, lagrange_by_hand]
+           cql_update_is_what_it_says, bfloat16_is_an_approximation, cql_update_of_several_agents,
+           runs_resume_and_stop, lagrange_by_hand]
 CHECKS = {"01": SAC, "03": DISCRETE, "04": CQL_SAC + SAC, "A1": [online_data_are_true, *SAC]}
