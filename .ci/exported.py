@@ -351,8 +351,8 @@ def sac_sees_the_future(m):
     assert abs(q - 0.5 * value) < 0.05, (q, 0.5 * value)
 
 
-def sac_update_is_what_it_says(m):
-    """One step of gradient descent, against the same step written out: critics, actor, temperature."""
+def a_fresh_agent(m):
+    """An agent that learns by plain gradient descent, its target network a different one, and a batch for it."""
     torch.manual_seed(0)
     agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
     agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,)).state_dict())
@@ -361,7 +361,12 @@ def sac_update_is_what_it_says(m):
             parameters = [p for group in optimiser.param_groups for p in group["params"]]
             setattr(agent, name, torch.optim.SGD(parameters, lr=0.1))
     obs, action, next_obs = torch.randn(32, 3), torch.rand(32, 2) * 2 - 1, torch.randn(32, 3)
-    reward, terminated = torch.randn(32), (torch.randn(32) > 0).float()
+    return agent, (obs, action, torch.randn(32), next_obs, (torch.randn(32) > 0).float())
+
+
+def sac_update_is_what_it_says(m):
+    """One step of gradient descent, against the same step written out: critics, actor, temperature."""
+    agent, (obs, action, reward, next_obs, terminated) = a_fresh_agent(m)
     expected, state = copy.deepcopy(agent), torch.get_rng_state()
 
     targets, critic_loss = [], m.sac_critic_loss
@@ -491,15 +496,7 @@ def proposals_are_what_they_say(m):
 def cql_update_is_what_it_says(m):
     """One step of gradient descent in chunks, against the same step written out: critics, actor, temperature."""
     for entropy_in_target, chunk in ((False, 8), (True, 32), (False, 20)):
-        torch.manual_seed(0)
-        agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
-        agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,)).state_dict())
-        for name, optimiser in vars(agent).items():
-            if isinstance(optimiser, torch.optim.Optimizer):
-                parameters = [p for group in optimiser.param_groups for p in group["params"]]
-                setattr(agent, name, torch.optim.SGD(parameters, lr=0.1))
-        obs, action, next_obs = torch.randn(32, 3), torch.rand(32, 2) * 2 - 1, torch.randn(32, 3)
-        batch = obs, action, torch.randn(32), next_obs, (torch.randn(32) > 0).float()
+        agent, batch = a_fresh_agent(m)
         expected, state = copy.deepcopy(agent), torch.get_rng_state()
 
         seen, critic_loss = [], m.cql_sac_critic_loss

@@ -106,7 +106,7 @@ def test_copied_code_runs_alone(tmp_path, number):
 def applies(check, module):
     """Some checks need names that the series does not fix; a notebook without them is not asked."""
     source = inspect.getsource(check)
-    for helper in ("an_actor", "an_agent"):
+    for helper in ("an_actor", "an_agent", "a_fresh_agent"):
         if f"{helper}(" in source:
             source += inspect.getsource(getattr(exported, helper))
     return all(hasattr(module, name) for name in re.findall(r"\bm\.(\w+)", source))
