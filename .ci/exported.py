@@ -571,6 +571,63 @@ def cql_update_of_several_agents(m):
     assert moved.tolist() == [False, True, False], moved
 
 
+def sparse_step_is_the_same_step(m):
+    """Samples without weight left out: the gradient of `critic_step` from fewer rows, for one agent or several."""
+    two = torch.tensor([0.7, 3.0], dtype=torch.float64)
+    for agents, alpha_cql, steep in ((None, 0.7, 700.0), (2, two, torch.tensor([9000.0, 600.0] * 2).view(4, 1, 1))):
+        shape = (agents, 64) if agents else (64,)
+        torch.manual_seed(0)
+        agent = m.make_agent(3, 2, (16, 16), 0.1, 0.1, 0.2, agents=agents)
+        agent.critic.double()
+        agent.critic.net.weights[-1].data *= steep             # so that most samples have no weight
+        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.1)
+        data = double(*shape, 3), double(*shape, 2, seed=1), double(*shape, seed=2)
+        samples, log_density = double(*shape, 12, 2, seed=3), double(*shape, 12, seed=4)
+        with torch.no_grad():
+            weight = (agent.critic(data[0], samples) - log_density).softmax(-1).amax(0)
+            counts = (weight > 1e-8).flatten(-2).sum(-1).view(-1)
+        assert counts[-1] > 256 and counts.max() < 512 and (len(counts) == 1 or counts[0] < 256), counts
+
+        steps = {}
+        for step in (m.critic_step, m.sparse_critic_step):
+            one, rows = copy.deepcopy(agent), []
+
+            def count(_, args, rows=rows):
+                rows.append(args[1].shape[:-1].numel() * torch.is_grad_enabled())
+
+            one.critic.register_forward_pre_hook(count)
+            said = step(one, *data, samples, log_density, alpha_cql, 16)
+            steps[step] = one, sum(rows) / (agents or 1), said
+        (full, all_rows, expected), (sparse, fewer, said) = steps.values()
+        assert (all_rows, fewer) == (64 * 13, 64 + 512), (all_rows, fewer)       # 512: the next multiple of 256
+        for p, q in zip(full.critic.parameters(), sparse.critic.parameters(), strict=True):
+            close(q.grad, p.grad, 1e-6 * p.grad.abs().max().item())
+            close(q.data, p.data, 1e-6 * p.data.abs().max().item())
+        assert not any(x.requires_grad for x in said.values())
+        for name, value in expected.items():
+            close(said[name], value, 1e-9 * value.abs().max().item())
+
+
+def sparse_step_in_bfloat16(m):
+    """The option reaches both passes over the samples, and not the recorded actions."""
+    gradients = []
+    for bf16, alpha_cql in ((False, 2.0), (True, 2.0), (False, 0.0), (True, 0.0)):
+        torch.manual_seed(0)
+        agent = m.make_agent(3, 2, (16, 16), 0.1, 0.0, 0.2)
+        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
+        data = double(64, 3).float(), double(64, 2, seed=1).float(), double(64, seed=2).float()
+        samples, log_density = double(64, 12, 2, seed=3).float(), double(64, 12, seed=4).float()
+        m.sparse_critic_step(agent, *data, samples, log_density, alpha_cql, 16, bf16)
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.critic.parameters()]))
+    exact, rough, plain, same = gradients
+    assert torch.equal(plain, same) and rough.ne(exact).any() and (rough - exact).norm() < 0.05 * exact.norm()
+
+    agent, batch = a_fresh_agent(m)
+    seen = []
+    m.cql_sac_update(agent, batch, 0.7, 5, 0.9, 0.25, False, 8, True, lambda *args: seen.extend(args[-3:]) or {})
+    assert seen == [0.7, 8, True], f"expected the step on the critics to get weight, chunk, bf16; it got {seen}"
+
+
 def runs_resume_and_stop(m):
     """A resumed run equals an uninterrupted one; NaN stops a run, and its last checkpoint stays."""
     def run(path, steps, spoil=None):
@@ -627,5 +684,6 @@ SAC = [sac_critic_loss_by_hand, sac_target_by_hand, sac_actor_loss_by_hand, temp
        sac_learns_a_bandit, sac_sees_the_future]
 CQL_SAC = [integral_of_a_constant, integral_by_hand, cql_sac_loss_by_hand, proposals_are_what_they_say,
            cql_update_is_what_it_says, bfloat16_is_an_approximation, cql_update_of_several_agents,
+           sparse_step_is_the_same_step, sparse_step_in_bfloat16,
            runs_resume_and_stop, lagrange_by_hand]
 CHECKS = {"01": SAC, "03": DISCRETE, "04": CQL_SAC + SAC, "A1": [online_data_are_true, *SAC]}

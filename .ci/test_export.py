@@ -130,7 +130,7 @@ MUTATED = {
     "01": ["squashed_log_density", "TanhGaussianActor", "TwinCritic", "sac_target", "sac_critic_loss",
            "sac_actor_loss", "temperature_loss", "sac_update", "polyak_update"],
     "04": ["log_integral_exp_q", "cql_sac_critic_loss", "propose", "critic_step", "cql_sac_update", "lagrange_loss",
-           "normalised_gap"],
+           "normalised_gap", "sparse_critic_step"],
     "A1": ["train_online"],
 }
 SWAP_METHODS = {"mean": "sum", "sum": "mean", "min": "max", "max": "min", "amin": "amax", "argmax": "argmin"}
@@ -140,6 +140,8 @@ SWAP_NAMES = [{"next_q_online", "next_q_target"}, {"q_net", "q_target_net"}, {"o
 HARMLESS = {                                                  # changes of the text that change nothing
     "mean + log_std.exp() * torch.randn_like(mean)",          # noise is symmetric
     "actor.centre + actor.scale * (2.0 * torch.rand_like(here) - 1.0)",
+    "chunk * m",                                              # pieces of another size
+    "count / 256",                                            # without the divisor all samples are kept
 }
 
 
