@@ -596,7 +596,8 @@ def sparse_step_is_the_same_step(m):
                 rows.append(args[1].shape[:-1].numel() * torch.is_grad_enabled())
 
             one.critic.register_forward_pre_hook(count)
-            said = step(one, *data, samples, log_density, alpha_cql, 16)
+            options = {"floor": 1e-8} if step is m.sparse_critic_step else {}
+            said = step(one, *data, samples, log_density, alpha_cql, 16, **options)
             steps[step] = one, sum(rows) / (agents or 1), said
         (full, all_rows, expected), (sparse, fewer, said) = steps.values()
         assert (all_rows, fewer) == (64 * 13, 64 + 512), (all_rows, fewer)       # 512: the next multiple of 256
@@ -614,6 +615,7 @@ def sparse_step_in_bfloat16(m):
     for bf16, alpha_cql in ((False, 2.0), (True, 2.0), (False, 0.0), (True, 0.0)):
         torch.manual_seed(0)
         agent = m.make_agent(3, 2, (16, 16), 0.1, 0.0, 0.2)
+        agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16, 16)).state_dict())
         agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
         data = double(64, 3).float(), double(64, 2, seed=1).float(), double(64, seed=2).float()
         samples, log_density = double(64, 12, 2, seed=3).float(), double(64, 12, seed=4).float()
@@ -628,9 +630,47 @@ def sparse_step_in_bfloat16(m):
     assert seen == [0.7, 8, True], f"expected the step on the critics to get weight, chunk, bf16; it got {seen}"
 
 
+def sparse_step_hears_what_counts(m):
+    """Without a floor given, samples count down to a weight of epsilon / M, epsilon of the arithmetic in use."""
+    for bf16, epsilon in ((False, 2.0**-23), (True, 2.0**-7)):
+        for weight, heard in ((0.5 * epsilon, 64 * 12), (0.05 * epsilon, 256)):          # 1 / M = 0.083
+            agent, rows = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2), []
+            for p in agent.critic.parameters():
+                p.data.zero_()                                   # Q = 0: a weight is one over its density
+            log_density = torch.full((64, 12), -math.log(weight))
+            log_density[:, 0] = 0.0                              # one sample of each state has nearly all of it
+
+            def count(_, args, rows=rows):
+                rows.append(args[1].shape[:-1].numel() * torch.is_grad_enabled())
+
+            agent.critic.register_forward_pre_hook(count)
+            data = double(64, 3).float(), double(64, 2, seed=1).float(), double(64, seed=2).float()
+            m.sparse_critic_step(agent, *data, double(64, 12, 2, seed=3).float(), log_density, 1.0, 64, bf16)
+            assert sum(rows) == 64 + heard, (bf16, weight, sum(rows) - 64, heard)
+
+
+def the_look_in_bfloat16(m):
+    """`q_in_bfloat16` gives the bits of autocast, for one agent or several; a NaN in a weight reaches the loss."""
+    for agents in (None, 2):
+        shape = (agents, 32) if agents else (32,)
+        torch.manual_seed(0)
+        agent = m.make_agent(3, 2, (16, 16), 0.1, 0.1, 0.2, agents=agents)
+        obs, samples = double(*shape, 3).float(), double(*shape, 5, 2, seed=1).float()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = agent.critic(obs, samples).float()
+        said = m.q_in_bfloat16(agent.critic, obs, samples)
+        assert said.dtype == torch.float32 and not said.requires_grad and (expected < 0).any()
+        assert torch.equal(said, expected)
+
+        agent.critic.net.weights[0].data[..., 0, 0] = -math.nan
+        data = obs, double(*shape, 2, seed=2).float(), double(*shape, seed=3).float()
+        parts = m.sparse_critic_step(agent, *data, samples, double(*shape, 5, seed=4).float(), 1.0, 32, True)
+        assert parts["loss"].isnan()
+
+
 def runs_resume_and_stop(m):
     """A resumed run equals an uninterrupted one; NaN stops a run, and its last checkpoint stays."""
-    def run(path, steps, spoil=None):
+    def run(path, steps, spoil=None, **options):
         torch.manual_seed(0)
         generator, agent, seen = torch.Generator().manual_seed(1), m.make_agent(2, 1, (8,), 1e-3, 1e-3, 0.1), []
 
@@ -640,7 +680,8 @@ def runs_resume_and_stop(m):
             seen.append(1)
             return x[:, :2], 2 * x[:, 2:3] - 1, reward, x[:, 3:5], torch.zeros(n)
 
-        m.train_cql(agent, sample, steps, 16, 1.0, 2, 0.9, 0.1, lambda *_: None, 5, path, [generator])
+        m.train_cql(agent, sample, steps, 16, 1.0, 2, 0.9, 0.1, lambda *_: None, 5, path, [generator],
+                    **options)
         return torch.cat([p.detach().flatten() for p in [*agent.critic.parameters(), *agent.actor.parameters()]])
 
     with tempfile.TemporaryDirectory() as folder:
@@ -662,6 +703,11 @@ def runs_resume_and_stop(m):
             raise RuntimeError("a damaged checkpoint went unnoticed")
         except ValueError as error:
             assert "half.pt" in str(error)
+        try:
+            run(f"{folder}/new.pt", 5, step_critics=lambda *_: None, chunk=None)
+            raise RuntimeError("an option that no checkpoint can hold went unnoticed")
+        except TypeError as error:
+            assert "chunk" in str(error) and not Path(f"{folder}/new.pt").exists()
 
 
 def lagrange_by_hand(m):
@@ -684,6 +730,7 @@ SAC = [sac_critic_loss_by_hand, sac_target_by_hand, sac_actor_loss_by_hand, temp
        sac_learns_a_bandit, sac_sees_the_future]
 CQL_SAC = [integral_of_a_constant, integral_by_hand, cql_sac_loss_by_hand, proposals_are_what_they_say,
            cql_update_is_what_it_says, bfloat16_is_an_approximation, cql_update_of_several_agents,
-           sparse_step_is_the_same_step, sparse_step_in_bfloat16,
+           sparse_step_is_the_same_step, sparse_step_in_bfloat16, sparse_step_hears_what_counts,
+           the_look_in_bfloat16,
            runs_resume_and_stop, lagrange_by_hand]
 CHECKS = {"01": SAC, "03": DISCRETE, "04": CQL_SAC + SAC, "A1": [online_data_are_true, *SAC]}

@@ -130,7 +130,7 @@ MUTATED = {
     "01": ["squashed_log_density", "TanhGaussianActor", "TwinCritic", "sac_target", "sac_critic_loss",
            "sac_actor_loss", "temperature_loss", "sac_update", "polyak_update"],
     "04": ["log_integral_exp_q", "cql_sac_critic_loss", "propose", "critic_step", "cql_sac_update", "lagrange_loss",
-           "normalised_gap", "sparse_critic_step"],
+           "normalised_gap", "sparse_critic_step", "q_in_bfloat16"],
     "A1": ["train_online"],
 }
 SWAP_METHODS = {"mean": "sum", "sum": "mean", "min": "max", "max": "min", "amin": "amax", "argmax": "argmin"}
