@@ -542,18 +542,19 @@ def written_out(m, expected, batch, bonus, said):
 def bfloat16_is_an_approximation(m):
     """The option changes the gradient of the critics a little, and nothing else; the data's own term not at all."""
     batch = double(64, 3).float(), torch.rand(64, 2), torch.randn(64), torch.randn(64, 3), torch.zeros(64)
-    gradients = []
-    for bf16, alpha_cql in ((False, 2.0), (True, 2.0), (False, 0.0), (True, 0.0)):
-        torch.manual_seed(0)
-        agent = m.make_agent(3, 2, (16, 16), 0.0, 0.0, 0.2)
-        agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16, 16)).state_dict())
-        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
-        said = m.cql_sac_update(agent, batch, alpha_cql, 4, 0.9, 0.1, False, 32, bf16)
-        gradients.append((torch.cat([p.grad.flatten() for p in agent.critic.parameters()]), said))
-    (exact, one), (rough, two), (plain, _), (same, _) = gradients
-    close(plain, same, 1e-6)
-    assert rough.ne(exact).any() and (rough - exact).norm() < 0.05 * exact.norm()
-    close(two["gap"], one["gap"], 0.02)
+    for step, tolerance in ((m.critic_step, 1e-6), (m.sparse_critic_step, 0.0)):
+        gradients = []
+        for bf16, alpha_cql in ((False, 2.0), (True, 2.0), (False, 0.0), (True, 0.0)):
+            torch.manual_seed(0)
+            agent = m.make_agent(3, 2, (16, 16), 0.0, 0.0, 0.2)
+            agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16, 16)).state_dict())
+            agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
+            said = m.cql_sac_update(agent, batch, alpha_cql, 4, 0.9, 0.1, False, 32, bf16, step)
+            gradients.append((torch.cat([p.grad.flatten() for p in agent.critic.parameters()]), said))
+        (exact, one), (rough, two), (plain, _), (same, _) = gradients
+        close(plain, same, tolerance)
+        assert rough.ne(exact).any() and (rough - exact).norm() < 0.05 * exact.norm()
+        close(two["gap"], one["gap"], 0.02)
 
 
 def cql_update_of_several_agents(m):
@@ -569,6 +570,13 @@ def cql_update_of_several_agents(m):
         weights.append(agent.critic.net.weights[0].detach().view(2, 3, -1))
     moved = (weights[0] - weights[1]).abs().amax((0, 2)) > 1e-6
     assert moved.tolist() == [False, True, False], moved
+
+
+def rows_with_gradient(critic):
+    """A list that grows, at each call of the critic, by the number of actions it is asked about with gradients."""
+    rows = []
+    critic.register_forward_pre_hook(lambda _, args: rows.append(args[1].shape[:-1].numel() * torch.is_grad_enabled()))
+    return rows
 
 
 def sparse_step_is_the_same_step(m):
@@ -590,12 +598,8 @@ def sparse_step_is_the_same_step(m):
 
         steps = {}
         for step in (m.critic_step, m.sparse_critic_step):
-            one, rows = copy.deepcopy(agent), []
-
-            def count(_, args, rows=rows):
-                rows.append(args[1].shape[:-1].numel() * torch.is_grad_enabled())
-
-            one.critic.register_forward_pre_hook(count)
+            one = copy.deepcopy(agent)
+            rows = rows_with_gradient(one.critic)
             options = {"floor": 1e-8} if step is m.sparse_critic_step else {}
             said = step(one, *data, samples, log_density, alpha_cql, 16, **options)
             steps[step] = one, sum(rows) / (agents or 1), said
@@ -609,21 +613,8 @@ def sparse_step_is_the_same_step(m):
             close(said[name], value, 1e-9 * value.abs().max().item())
 
 
-def sparse_step_in_bfloat16(m):
-    """The option reaches both passes over the samples, and not the recorded actions."""
-    gradients = []
-    for bf16, alpha_cql in ((False, 2.0), (True, 2.0), (False, 0.0), (True, 0.0)):
-        torch.manual_seed(0)
-        agent = m.make_agent(3, 2, (16, 16), 0.1, 0.0, 0.2)
-        agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16, 16)).state_dict())
-        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
-        data = double(64, 3).float(), double(64, 2, seed=1).float(), double(64, seed=2).float()
-        samples, log_density = double(64, 12, 2, seed=3).float(), double(64, 12, seed=4).float()
-        m.sparse_critic_step(agent, *data, samples, log_density, alpha_cql, 16, bf16)
-        gradients.append(torch.cat([p.grad.flatten() for p in agent.critic.parameters()]))
-    exact, rough, plain, same = gradients
-    assert torch.equal(plain, same) and rough.ne(exact).any() and (rough - exact).norm() < 0.05 * exact.norm()
-
+def update_hands_on_its_options(m):
+    """`cql_sac_update` gives weight, chunk and bf16 to the step on the critics that it is asked to use."""
     agent, batch = a_fresh_agent(m)
     seen = []
     m.cql_sac_update(agent, batch, 0.7, 5, 0.9, 0.25, False, 8, True, lambda *args: seen.extend(args[-3:]) or {})
@@ -634,23 +625,19 @@ def sparse_step_hears_what_counts(m):
     """Without a floor given, samples count down to a weight of epsilon / M, epsilon of the arithmetic in use."""
     for bf16, epsilon in ((False, 2.0**-23), (True, 2.0**-7)):
         for weight, heard in ((0.5 * epsilon, 64 * 12), (0.05 * epsilon, 256)):          # 1 / M = 0.083
-            agent, rows = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2), []
+            agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
+            rows = rows_with_gradient(agent.critic)
             for p in agent.critic.parameters():
                 p.data.zero_()                                   # Q = 0: a weight is one over its density
             log_density = torch.full((64, 12), -math.log(weight))
             log_density[:, 0] = 0.0                              # one sample of each state has nearly all of it
-
-            def count(_, args, rows=rows):
-                rows.append(args[1].shape[:-1].numel() * torch.is_grad_enabled())
-
-            agent.critic.register_forward_pre_hook(count)
             data = double(64, 3).float(), double(64, 2, seed=1).float(), double(64, seed=2).float()
             m.sparse_critic_step(agent, *data, double(64, 12, 2, seed=3).float(), log_density, 1.0, 64, bf16)
             assert sum(rows) == 64 + heard, (bf16, weight, sum(rows) - 64, heard)
 
 
 def the_look_in_bfloat16(m):
-    """`q_in_bfloat16` gives the bits of autocast, for one agent or several; a NaN in a weight reaches the loss."""
+    """`q_in_bfloat16` gives the bits of autocast, for one agent or several; a NaN in critic or actor shows."""
     for agents in (None, 2):
         shape = (agents, 32) if agents else (32,)
         torch.manual_seed(0)
@@ -662,10 +649,13 @@ def the_look_in_bfloat16(m):
         assert said.dtype == torch.float32 and not said.requires_grad and (expected < 0).any()
         assert torch.equal(said, expected)
 
-        agent.critic.net.weights[0].data[..., 0, 0] = -math.nan
-        data = obs, double(*shape, 2, seed=2).float(), double(*shape, seed=3).float()
-        parts = m.sparse_critic_step(agent, *data, samples, double(*shape, 5, seed=4).float(), 1.0, 32, True)
-        assert parts["loss"].isnan()
+        action, number = double(*shape, 2, seed=2).float(), double(*shape, seed=3).float()
+        for name in ("critic", "actor"):
+            sick = copy.deepcopy(agent)
+            getattr(sick, name).net.weights[0].data[..., 0, 0] = -math.nan
+            batch = obs, action, number, obs, torch.zeros(shape)
+            parts = m.cql_sac_update(sick, batch, 1.0, 5, 0.9, 0.1, bf16=True, step_critics=m.sparse_critic_step)
+            assert parts["loss"].isnan()
 
 
 def runs_resume_and_stop(m):
@@ -730,7 +720,7 @@ SAC = [sac_critic_loss_by_hand, sac_target_by_hand, sac_actor_loss_by_hand, temp
        sac_learns_a_bandit, sac_sees_the_future]
 CQL_SAC = [integral_of_a_constant, integral_by_hand, cql_sac_loss_by_hand, proposals_are_what_they_say,
            cql_update_is_what_it_says, bfloat16_is_an_approximation, cql_update_of_several_agents,
-           sparse_step_is_the_same_step, sparse_step_in_bfloat16, sparse_step_hears_what_counts,
+           sparse_step_is_the_same_step, update_hands_on_its_options, sparse_step_hears_what_counts,
            the_look_in_bfloat16,
            runs_resume_and_stop, lagrange_by_hand]
 CHECKS = {"01": SAC, "03": DISCRETE, "04": CQL_SAC + SAC, "A1": [online_data_are_true, *SAC]}
