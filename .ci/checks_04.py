@@ -1,0 +1,268 @@
+"""Checks of what notebook 04 exports: CQL(H) on top of SAC, its faster steps and its long runs."""
+
+import copy
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from checks_sac import a_fresh_agent, an_actor, boxes, same_agent, written_out
+from exported import close, double, numbers, refuses, spy
+
+
+def integral_by_hand(m):
+    """Q = c and uniform samples on [-1, 1]^D: the log of the integral is c + D log 2."""
+    q = numbers(1.5, -700.0, 900.0)[:, None].expand(2, 3, 8)
+    log_density = torch.full((3, 8), -6 * math.log(2), dtype=torch.float64)
+    close(m.log_integral_exp_q(q, log_density), q[..., 0] + 6 * math.log(2))
+    q, log_density = double(2, 5, 4), double(5, 4, seed=1)
+    expected = (q.exp() / log_density.exp()).mean(-1).log()
+    close(m.log_integral_exp_q(q, log_density), expected, 1e-10)
+    close(m.log_integral_exp_q(q[0], log_density), expected[0], 1e-10)
+    assert m.log_integral_exp_q(q.float(), log_density.float()).dtype == torch.float32
+
+
+def loss_by_hand(m):
+    q_data, target = double(2, 5).requires_grad_(), double(5, seed=1)
+    q_samples, log_density = double(2, 5, 4, seed=2), double(5, 4, seed=3)
+    sac = ((q_data - target) ** 2).mean(-1).sum() / 2
+    gap = (q_samples.exp() / log_density.exp()).mean(-1).log() - q_data
+    for alpha_cql in (0.0, 0.7, 5.0):
+        loss, parts = m.cql_sac_critic_loss(q_data, target, q_samples, log_density, alpha_cql)
+        close(loss, sac + alpha_cql * gap.mean(-1).sum(), 1e-10)
+        assert isinstance(parts, dict) and parts
+    (slope,) = torch.autograd.grad(loss, q_data)
+    close(slope, (q_data.detach() - target - 5) / 5, 1e-10)
+
+
+def proposals_are_what_they_say(m):
+    """Own densities; the uniform fills the box; next_obs only moves the second block."""
+    for box, low, high in boxes():
+        actor, obs, next_obs = an_actor(m, **box), double(6, 3), double(6, 3, seed=1)
+        actions, log_density = m.propose(actor, obs, next_obs, 400)
+        assert actions.shape == (6, 1200, 2) and actions.dtype == torch.float64
+        here, there, uniform = actions.split(400, 1)
+        flat = torch.full((6, 400), -2 * math.log(high - low), dtype=torch.float64)
+        expected = actor.log_prob(obs, here), actor.log_prob(next_obs, there), flat
+        close(log_density, torch.cat(expected, 1), 1e-6)
+        assert low <= uniform.min() < low + 0.1 and high - 0.1 < uniform.max() <= high
+        assert (uniform.mean((0, 1)) - (low + high) / 2).abs().max() < 0.03 * (high - low)
+        assert (uniform.std((0, 1)) / (high - low) - 12**-0.5).abs().max() < 0.02
+        assert uniform[:, :, 0].ne(uniform[:, :, 1]).all()
+
+
+def update_is_what_it_says(m):
+    """One step of gradient descent, in chunks, against the same step written out."""
+    for entropy_in_target, chunk in ((False, 8), (True, 32), (False, 20)):
+        agent, batch = a_fresh_agent(m)
+        expected, state = copy.deepcopy(agent), torch.get_rng_state()
+        with spy(m, "cql_sac_critic_loss") as calls:
+            said = m.cql_sac_update(agent, batch, 0.7, 5, 0.9, 0.25, entropy_in_target, chunk)
+        assert not any(c.target.requires_grad or c.log_density.requires_grad for c in calls)
+        assert not said["loss"].requires_grad
+        torch.set_rng_state(state)
+        bonus = 0.2 if entropy_in_target else 0.0
+        gradients, td, gap = written_out(expected, batch, bonus, 2, m.propose, 0.7)
+        same_agent(agent, expected, gradients, 1e-4)
+        for name, value in (("td", td), ("gap", gap), ("loss", td + 0.7 * gap.sum())):
+            close(said[name], value, 1e-4)
+
+
+def update_of_several_agents(m):
+    """A weight each: raising one agent's weight moves that agent alone."""
+    obs, next_obs = torch.randn(3, 16, 4), torch.randn(3, 16, 4)
+    batch = obs, torch.rand(3, 16, 2), torch.randn(3, 16), next_obs, torch.zeros(3, 16)
+    weights = []
+    for alpha_cql in ([1.0, 1.0, 1.0], [1.0, 9.0, 1.0]):
+        torch.manual_seed(0)
+        agent = m.make_agent(4, 2, (8,), 0.0, 0.1, 0.2, agents=3)
+        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.1)
+        said = m.cql_sac_update(agent, batch, torch.tensor(alpha_cql), 3, 0.9, 0.1, False, 5)
+        assert said["gap"].shape == (2, 3)
+        weights.append(agent.critic.net.weights[0].detach().view(2, 3, -1))
+    moved = (weights[0] - weights[1]).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False, True, False], moved
+
+
+# ---- faster steps -------------------------------------------------------------------------------
+def bfloat16_is_an_approximation(m):
+    """It changes the critics' gradient a little; the data's own term not at all."""
+    obs, next_obs = double(64, 3).float(), torch.randn(64, 3)
+    batch = obs, torch.rand(64, 2), torch.randn(64), next_obs, torch.zeros(64)
+    for step, tolerance in ((m.critic_step, 1e-6), (m.sparse_critic_step, 0.0)):
+        results = []
+        for bf16, alpha_cql in ((False, 2.0), (True, 2.0), (False, 0.0), (True, 0.0)):
+            torch.manual_seed(0)
+            agent = m.make_agent(3, 2, (16, 16), 0.0, 0.0, 0.2)
+            agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16, 16)).state_dict())
+            agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
+            said = m.cql_sac_update(agent, batch, alpha_cql, 4, 0.9, 0.1, False, 32, bf16, step)
+            gradient = torch.cat([p.grad.flatten() for p in agent.critic.parameters()])
+            results.append((gradient, said["gap"]))
+        (exact, gap), (rough, near), (plain, _), (same, _) = results
+        close(plain, same, tolerance)
+        assert rough.ne(exact).any() and (rough - exact).norm() < 0.05 * exact.norm()
+        close(near, gap, 0.02)
+
+
+def rows_with_gradient(critic):
+    """A list of the number of actions, with gradients, that each call of the critic is about."""
+    rows = []
+
+    def count(_, args):
+        rows.append(args[1].shape[:-1].numel() * torch.is_grad_enabled())
+
+    critic.register_forward_pre_hook(count)
+    return rows
+
+
+def sparse_step_is_the_same_step(m):
+    """Samples without weight left out: the gradient of `critic_step` from fewer rows."""
+    steep = numbers(9000.0, 600.0, 9000.0, 600.0).view(4, 1, 1)
+    for agents, alpha_cql, factor in ((None, 0.7, 700.0), (2, numbers(0.7, 3.0), steep)):
+        shape = (agents, 64) if agents else (64,)
+        torch.manual_seed(0)
+        agent = m.make_agent(3, 2, (16, 16), 0.1, 0.1, 0.2, agents=agents)
+        agent.critic.double()
+        agent.critic.net.weights[-1].data *= factor  # so that most samples have no weight
+        agent.critic_opt = torch.optim.SGD(agent.critic.parameters(), lr=0.1)
+        data = double(*shape, 3), double(*shape, 2, seed=1), double(*shape, seed=2)
+        samples, log_density = double(*shape, 12, 2, seed=3), double(*shape, 12, seed=4)
+        with torch.no_grad():
+            weight = (agent.critic(data[0], samples) - log_density).softmax(-1).amax(0)
+            counts = (weight > 1e-8).flatten(-2).sum(-1).view(-1)
+        assert 256 < counts[-1] < 512 and counts.max() < 512, counts
+        assert len(counts) == 1 or counts[0] < 256, counts
+        results = []
+        for step, options in ((m.critic_step, {}), (m.sparse_critic_step, {"floor": 1e-8})):
+            one = copy.deepcopy(agent)
+            rows = rows_with_gradient(one.critic)
+            said = step(one, *data, samples, log_density, alpha_cql, 16, **options)
+            results.append((one, sum(rows) / (agents or 1), said))
+        (full, all_rows, expected), (sparse, fewer, said) = results
+        assert (all_rows, fewer) == (64 * 13, 64 + 512), (all_rows, fewer)  # multiples of 256
+        for p, q in zip(full.critic.parameters(), sparse.critic.parameters(), strict=True):
+            close(q.grad, p.grad, 1e-6 * p.grad.abs().max().item())
+            close(q.data, p.data, 1e-6 * p.data.abs().max().item())
+        for name, value in expected.items():
+            assert not said[name].requires_grad
+            close(said[name], value, 1e-9 * value.abs().max().item())
+
+
+def options_are_handed_on(m):
+    """`cql_sac_update` gives weight, chunk and bf16 to the step on the critics."""
+    agent, batch = a_fresh_agent(m)
+    seen = []
+
+    def step(*args):
+        seen.extend(args[-3:])
+        return {}
+
+    m.cql_sac_update(agent, batch, 0.7, 5, 0.9, 0.25, False, 8, True, step)
+    assert seen == [0.7, 8, True], seen
+
+
+def floor_is_that_of_the_arithmetic(m):
+    """Samples count down to a weight of epsilon / M, epsilon of the arithmetic in use."""
+    for bf16, epsilon in ((False, 2.0**-23), (True, 2.0**-7)):
+        for weight, counted in ((0.5 * epsilon, 64 * 12), (0.05 * epsilon, 256)):  # 1 / M = 0.083
+            agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
+            rows = rows_with_gradient(agent.critic)
+            for p in agent.critic.parameters():
+                p.data.zero_()  # Q = 0: a weight is one over its density
+            log_density = torch.full((64, 12), -math.log(weight))
+            log_density[:, 0] = 0.0  # one sample of each state has nearly all of it
+            data = [x.float() for x in (double(64, 3), double(64, 2), double(64))]
+            samples = double(64, 12, 2, seed=3).float()
+            m.sparse_critic_step(agent, *data, samples, log_density, 1.0, 64, bf16)
+            assert sum(rows) == 64 + counted, (bf16, weight, sum(rows) - 64, counted)
+
+
+def the_look_in_bfloat16(m):
+    """`q_in_bfloat16` gives the bits of autocast; a NaN in critic or actor shows."""
+    for agents in (None, 2):
+        shape = (agents, 32) if agents else (32,)
+        torch.manual_seed(0)
+        agent = m.make_agent(3, 2, (16, 16), 0.1, 0.1, 0.2, agents=agents)
+        obs, samples = double(*shape, 3).float(), double(*shape, 5, 2, seed=1).float()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = agent.critic(obs, samples).float()
+        said = m.q_in_bfloat16(agent.critic, obs, samples)
+        assert said.dtype == torch.float32 and not said.requires_grad and (expected < 0).any()
+        assert torch.equal(said, expected)
+        action, reward = double(*shape, 2, seed=2).float(), double(*shape, seed=3).float()
+        for name in ("critic", "actor"):
+            sick = copy.deepcopy(agent)
+            getattr(sick, name).net.weights[0].data[..., 0, 0] = -math.nan
+            batch = obs, action, reward, obs, torch.zeros(shape)
+            step = {"bf16": True, "step_critics": m.sparse_critic_step}
+            assert m.cql_sac_update(sick, batch, 1.0, 5, 0.9, 0.1, **step)["loss"].isnan()
+
+
+# ---- long runs, and the Lagrange version --------------------------------------------------------
+def runs_resume_and_stop(m):
+    """A resumed run equals an uninterrupted one; NaN stops a run, and its last checkpoint stays."""
+
+    def run(path, steps, spoil=None, alpha_cql=1.0, **options):
+        torch.manual_seed(0)
+        generator, drawn, rows, after = torch.Generator().manual_seed(1), [], [], []
+        agent = m.make_agent(2, 1, (8,), 1e-3, 1e-3, 0.1)
+
+        def sample(n):
+            x = torch.rand(n, 6, generator=generator)
+            drawn.append(x)
+            reward = x[:, 0] * (math.nan if len(drawn) - 1 == spoil else 1.0)
+            return x[:, :2], 2 * x[:, 2:3] - 1, reward, x[:, 3:5], torch.zeros(n)
+
+        settings = (16, alpha_cql, 2, 0.9, 0.1, lambda step, _: rows.append(step), 5, path)
+        options |= {"rows": rows, "after": lambda: after.append(1)}
+        m.train_cql(agent, sample, steps, *settings, [generator], **options)
+        weights = [*agent.critic.parameters(), *agent.actor.parameters()]
+        return torch.cat([p.detach().flatten() for p in weights]), rows, len(after)
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, half = f"{folder}/whole.pt", f"{folder}/half.pt"
+        expected, rows, after = run(whole, 20)
+        assert rows == [0, 5, 10, 15, 20] and after == 5
+        assert run(half, 10)[2] == 3
+        resumed, rows, after = run(half, 20)
+        assert torch.equal(resumed, expected) and rows == [0, 5, 10, 15, 20] and after == 2
+        before = Path(half).read_bytes()
+        for _ in range(2):
+            refuses(FloatingPointError, ["step 23", "batch", "step 20"], lambda: run(half, 40, 2))
+        assert Path(half).read_bytes() == before and len(list(Path(folder).iterdir())) == 2
+        refuses(ValueError, ["half.pt"], lambda: run(half, 40, alpha_cql=2.0))
+        Path(half).write_bytes(before[:100])
+        refuses(ValueError, ["half.pt"], lambda: run(half, 40))
+        new = f"{folder}/new.pt"
+        refuses(TypeError, ["chunk"], lambda: run(new, 5, chunk=None))
+        assert not Path(new).exists()
+    for loss in (-1e8, 1e8, math.nan):
+        parts = {"loss": torch.tensor(loss), "td": torch.ones(()), "gap": torch.ones(2)}
+        refuses(FloatingPointError, ["step 1"], lambda: m.check_loss(1, parts, (), 1e7, "none"))  # noqa: B023
+
+
+def lagrange_by_hand(m):
+    gap, log_alpha_cql = numbers(2.0, -3.0).requires_grad_(), double(2).requires_grad_()
+    loss = m.lagrange_loss(log_alpha_cql, gap, -1.0)
+    close(loss, -(log_alpha_cql.exp() * numbers(3.0, -2.0)).sum())
+    loss.backward()
+    assert gap.grad is None and log_alpha_cql.grad[0] < 0 < log_alpha_cql.grad[1]  # up, down
+    expected = double(3) - math.log(8) - double(3, seed=1)
+    close(m.normalised_gap(double(3), double(3, seed=1), 8.0), expected)
+
+
+CHECKS = [
+    integral_by_hand,
+    loss_by_hand,
+    proposals_are_what_they_say,
+    update_is_what_it_says,
+    update_of_several_agents,
+    bfloat16_is_an_approximation,
+    sparse_step_is_the_same_step,
+    options_are_handed_on,
+    floor_is_that_of_the_arithmetic,
+    the_look_in_bfloat16,
+    runs_resume_and_stop,
+    lagrange_by_hand,
+]

@@ -1,0 +1,320 @@
+"""Checks of what notebooks 01, 04 and A1 export: soft actor-critic, and A1's online loop."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import torch
+from exported import close, double, numbers, spy
+
+BOX = {"low": -2.0, "high": 3.0}
+
+
+def boxes():
+    for box in ({}, BOX):
+        yield box, box.get("low", -1.0), box.get("high", 1.0)
+
+
+def an_actor(m, obs_dim=3, action_dim=2, hidden=(8,), **box):
+    torch.manual_seed(0)
+    return m.TanhGaussianActor(obs_dim, action_dim, hidden, **box).double()
+
+
+# ---- the actor ----------------------------------------------------------------------------------
+def density_integrates_to_one(m):
+    for box, low, high in boxes():
+        grid = torch.linspace(low, high, 100_002, dtype=torch.float64)[1:-1, None]
+        density = an_actor(m, action_dim=1, **box).log_prob(double(2, 3), grid.expand(2, -1, -1))
+        close(density.exp().sum(-1) * (high - low) / 100_001, [1.0, 1.0], 1e-4)
+    line = torch.linspace(-1, 1, 802, dtype=torch.float64)[1:-1]
+    grid = torch.cartesian_prod(line, line)[None]  # two dimensions are independent
+    density = an_actor(m).log_prob(double(1, 3), grid).exp()
+    close(density.sum(-1) * (2 / 801) ** 2, [1.0], 2e-3)
+
+
+def sample_and_log_prob_agree(m):
+    for box, low, high in boxes():
+        actor, obs = an_actor(m, **box), double(5, 3)
+        action, log_pi = actor.sample(obs)
+        close(actor.log_prob(obs, action), log_pi, 1e-7)
+        actions, log_pis = actor.sample(obs, 4)
+        assert actions.shape == (5, 4, 2) and log_pis.shape == (5, 4) and action.shape == (5, 2)
+        close(actor.log_prob(obs, actions), log_pis, 1e-7)
+        close(actor.log_prob(obs, actions[:, 0]), log_pis[:, 0], 1e-7)
+        assert actions.dtype == torch.float64 and actions[:, 0].ne(actions[:, 1]).all()
+        assert (actions >= low).all() and (actions <= high).all()
+
+
+def samples_follow_the_density(m):
+    for box, low, high in boxes():
+        actor, obs = an_actor(m, action_dim=1, **box), double(1, 3)
+        action, _ = actor.sample(obs, 100_000)
+        grid = torch.linspace(low, high, 20_002, dtype=torch.float64)[1:-1]
+        density = actor.log_prob(obs, grid[None, :, None])[0].softmax(-1)
+        mean = (density * grid).sum()
+        spread = (density * (grid - mean) ** 2).sum().sqrt()
+        assert abs(action.mean() - mean) < 0.02 * (high - low)
+        assert abs(action.std() / spread - 1) < 0.02
+
+
+def mode_is_the_median(m):
+    for box, *_ in boxes():
+        actor, obs = an_actor(m, **box), 5 * double(3, 3)
+        samples, _ = actor.sample(obs, 50_000)
+        close(actor.mode(obs).detach(), samples.median(1).values.detach(), 0.05)
+
+
+def actor_stays_finite(m):
+    """At the very bounds of the box, at any depth, and where the network asks for more spread."""
+    for box, low, high in boxes():
+        actor = m.TanhGaussianActor(3, 2, (8,), **box)
+        bounds = torch.tensor([[low] * 2, [high] * 2])
+        assert actor.log_prob(torch.zeros(2, 3), bounds).isfinite().all()
+    for hidden in [(8,), (8, 8, 8), [4, 5]]:
+        actor = m.TanhGaussianActor(3, 2, hidden)
+        action, log_pi = actor.sample(torch.zeros(4, 3))
+        assert action.shape == (4, 2) and log_pi.shape == (4,)
+        log_pi.sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in actor.parameters())
+    _, log_std = actor(1e9 * torch.randn(50, 3))
+    assert -10 < log_std.min() < log_std.max() < 5, "log_std is not clamped"
+
+
+# ---- the critic and the losses ------------------------------------------------------------------
+def critic_shapes(m):
+    torch.manual_seed(0)
+    critic = m.TwinCritic(3, 2, (8, 8)).double()
+    obs, actions = double(5, 3), double(5, 4, 2)
+    many = critic(obs, actions)
+    assert many.shape == (2, 5, 4) and many.dtype == torch.float64
+    for k in range(4):
+        close(critic(obs, actions[:, k]), many[..., k])
+    assert many[0].ne(many[1]).all()  # two networks, not one twice
+    assert critic(obs + 1, actions).ne(many).all() and critic(obs, actions + 1).ne(many).all()
+    gradients = torch.autograd.grad(many[0].sum(), list(critic.parameters()), allow_unused=True)
+    moved = sum(int(g.ne(0).sum()) for g in gradients if g is not None)
+    assert 0 < moved <= sum(p.numel() for p in critic.parameters()) / 2  # nothing is shared
+
+
+def agents_side_by_side(m):
+    """An axis E stands before the batch, no agent depends on another's data, losses add up."""
+    torch.manual_seed(0)
+    critic, actor = m.TwinCritic(3, 2, (8,), 4), m.TanhGaussianActor(3, 2, (8,), agents=4)
+    obs, action = torch.randn(4, 5, 3, requires_grad=True), torch.rand(4, 5, 2)
+    q = critic(obs, action)
+    assert q.shape == (2, 4, 5) and critic(obs, torch.rand(4, 5, 7, 2)).shape == (2, 4, 5, 7)
+    sample, log_pi = actor.sample(obs)
+    assert sample.shape == (4, 5, 2) and log_pi.shape == (4, 5)
+    (gradient,) = torch.autograd.grad(q[:, 1].sum(), obs)
+    assert gradient[1].ne(0).any() and gradient[[0, 2, 3]].eq(0).all()
+    q, target, log_pi, log_alpha = (double(*s) for s in ((2, 4, 6), (4, 6), (4, 6), (4, 1)))
+    for loss, arguments in [
+        (m.sac_critic_loss, lambda e: (q[:, e], target[e])),
+        (m.sac_actor_loss, lambda e: (q[:, e], log_pi[e], 0.3)),
+        (m.temperature_loss, lambda e: (log_alpha[e], log_pi[e], -2.0)),
+    ]:
+        close(loss(*arguments(slice(None))), sum(loss(*arguments(e)) for e in range(4)))
+
+
+def losses_by_hand(m):
+    q_data, target = numbers([1.0, 2.0], [3.0, 4.0]), numbers(0.0, 2.0)
+    close(m.sac_critic_loss(q_data, target), (1 + 0) / 4 + (9 + 4) / 4)
+    assert m.sac_critic_loss(q_data.float(), target.float()).dtype == torch.float32
+    q_pi, log_pi = numbers([1.0, 2.0], [3.0, 0.0]), numbers(2.0, 4.0)
+    close(m.sac_actor_loss(q_pi, log_pi, 0.1), (0.2 - 1 + 0.4 - 0) / 2)
+    q_next = numbers([1.0, 2.0, 3.0], [2.0, 1.0, 5.0])
+    reward, terminated, log_pi = double(3), numbers(0.0, 1.0, 0.0), numbers(0.5, 0.5, -2.0)
+    expected = reward + numbers(0.9 * (1 - 0.05), 0.0, 0.9 * (3 + 0.2))
+    close(m.sac_target(reward, terminated, q_next, log_pi, 0.1, 0.9), expected)
+    for entropy, sign in [(-3.0, -1), (-1.0, 1)]:  # below the target it must rise
+        log_alpha_ent = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        log_pi = torch.full((4,), -entropy, dtype=torch.float64, requires_grad=True)
+        m.temperature_loss(log_alpha_ent, log_pi, -2.0).backward()
+        assert log_alpha_ent.grad.sign() == sign and log_pi.grad is None
+        close(log_alpha_ent.grad, math.exp(0.3) * (entropy + 2.0))
+
+
+# ---- one gradient step, against the same step written out ---------------------------------------
+def a_fresh_agent(m):
+    """It learns by plain gradient descent, its target network is another; and a batch for it."""
+    torch.manual_seed(0)
+    agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
+    agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,)).state_dict())
+    for name, optimizer in vars(agent).items():
+        if isinstance(optimizer, torch.optim.Optimizer):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            setattr(agent, name, torch.optim.SGD(parameters, lr=0.1))
+    obs, action, next_obs = torch.randn(32, 3), torch.rand(32, 2) * 2 - 1, torch.randn(32, 3)
+    return agent, (obs, action, torch.randn(32), next_obs, (torch.randn(32) > 0).float())
+
+
+def descend(loss, parameters):
+    parameters = list(parameters)
+    gradients = torch.autograd.grad(loss, parameters)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.data -= 0.1 * gradient
+    return gradients
+
+
+def written_out(agent, batch, bonus=0.2, n_critics=2, propose=None, alpha_cql=0.0):
+    """The step on critics, actor and temperature; returns the critics' gradients, td and gap."""
+    obs, action, reward, next_obs, terminated = batch
+    critic, actor = agent.critic, agent.actor
+    with torch.no_grad():
+        next_action, log_pi = actor.sample(next_obs)
+        q_next = agent.critic_target(next_obs, next_action)[:n_critics]
+        target = reward + 0.9 * (q_next.amin(0) - bonus * log_pi) * (terminated == 0)
+        samples, log_density = propose(actor, obs, next_obs, 5) if propose else (None, None)
+    q_data, gap = critic(obs, action), torch.zeros(2)
+    td = ((q_data - target) ** 2).mean(-1).sum() / 2
+    if propose:
+        gap = ((critic(obs, samples) - log_density).exp().mean(-1).log() - q_data).mean(-1)
+    gradients = descend(td + alpha_cql * gap.sum(), critic.parameters())
+    pi_action, log_pi = actor.sample(obs)
+    q_pi = critic(obs, pi_action)[:n_critics].amin(0)
+    descend((0.2 * log_pi - q_pi).mean(), actor.parameters())
+    temperature = agent.log_alpha_ent
+    descend(-(temperature.exp() * (log_pi.detach() - 2)).mean(), [temperature])
+    for s, p in zip(agent.critic_target.parameters(), critic.parameters(), strict=True):
+        s.data = 0.75 * s.data + 0.25 * p.data
+    return gradients, td.detach(), gap.detach()
+
+
+def same_agent(agent, expected, gradients, tolerance=1e-5):
+    for part in ("critic", "actor", "critic_target"):
+        pairs = (getattr(one, part).parameters() for one in (agent, expected))
+        for p, q in zip(*pairs, strict=True):
+            close(p.data, q.data, 1e-5)
+    close(agent.log_alpha_ent.data, expected.log_alpha_ent.data, 1e-5)
+    for p, gradient in zip(agent.critic.parameters(), gradients, strict=True):
+        close(p.grad, gradient, tolerance)  # the actor's loss does not reach the critics
+        assert p.requires_grad
+
+
+def update_is_what_it_says(m):
+    for n_critics in (2, 1):
+        agent, batch = a_fresh_agent(m)
+        expected, state = copy.deepcopy(agent), torch.get_rng_state()
+        with spy(m, "sac_critic_loss") as calls:
+            m.sac_update(agent, batch, 0.9, 0.25, n_critics)
+        assert len(calls) == 1 and not calls[0].target.requires_grad
+        torch.set_rng_state(state)
+        same_agent(agent, expected, written_out(expected, batch, n_critics=n_critics)[0])
+
+
+def make_agent_keeps_the_box(m):
+    agent = m.make_agent(3, 2, (8,), 1e-3, 1e-2, 0.1, **BOX)
+    action, _ = agent.actor.sample(double(1, 3).float(), 1000)
+    assert action.min() < -1.5 and action.max() > 2.5
+    rates = [opt.param_groups[0]["lr"] for opt in (agent.actor_opt, agent.critic_opt)]
+    assert rates == [1e-3, 1e-2] and abs(agent.log_alpha_ent.exp() - 0.1) < 1e-6
+
+
+# ---- cells that not every notebook has ----------------------------------------------------------
+def cloning_is_maximum_likelihood(m):
+    log_prob = double(3, 8)
+    close(m.bc_loss(log_prob), -log_prob.mean(1).sum())
+    torch.manual_seed(0)
+    actor, obs, action = m.TanhGaussianActor(3, 2, (16,)), torch.randn(64, 3), torch.rand(64, 2)
+    before = actor.log_prob(obs, action).mean()
+    m.train_bc(actor, lambda n: (obs[:n], action[:n], None, None, None), 50, 64, 1e-2)
+    assert actor.log_prob(obs, action).mean() > before + 0.5
+
+
+def slice_is_the_smaller_twin(m):
+    torch.manual_seed(0)
+    critic, obs, action = m.TwinCritic(3, 2, (8,)), torch.randn(4, 3), torch.rand(4, 2)
+    line = m.q_slice(critic, obs, action, 1, torch.tensor([-0.5, 0.5]))
+    for k, value in enumerate((-0.5, 0.5)):
+        moved = torch.stack([action[:, 0], torch.full((4,), value)], dim=1)
+        close(line[:, k], critic(obs, moved).amin(0).detach(), 1e-6)
+
+
+def actor_is_read_from_arrays(m):
+    rng, sizes = np.random.default_rng(0), (3, 8, 5, 4)
+    arrays = {"obs_mean": np.zeros(3), "obs_scale": np.ones(3)}
+    x = obs = rng.normal(size=(6, 3)).astype(np.float32)
+    for i, (n, k) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        w, b = rng.normal(size=(n, k)).astype(np.float32), rng.normal(size=k).astype(np.float32)
+        arrays |= {f"w{i}": w, f"b{i}": b}
+        x = (np.maximum(x, 0) if i else x) @ w + b
+    mode = m.actor_from_arrays(arrays).mode(torch.as_tensor(obs))
+    close(mode, np.tanh(x[:, :2]), 1e-5)
+
+
+def offline_loop_reports(m):
+    """`report` sees step 0 and every so often; every step has a batch of its own."""
+    drawn, seen = [], []
+
+    def sample(n):
+        drawn.append(torch.zeros(n))
+        return drawn[-1]
+
+    agent = object()
+    with spy(m, "sac_update", lambda *_: None) as calls:
+        m.train_offline(agent, sample, 7, 5, 0.9, 0.2, lambda *x: seen.append(x), 3, 1)
+    assert seen == [(0, agent), (3, agent), (6, agent)] and len(calls) == len(drawn) == 7
+    for call, batch in zip(calls, drawn, strict=True):
+        assert call.batch is batch and len(batch) == 5 and call.agent is agent
+        assert (call.gamma, call.tau, call.n_critics) == (0.9, 0.2, 1)
+
+
+class ShortEpisodes:
+    """Episodes of three steps: odd ones hit a time limit, even ones end. States: episode, step."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+    episode, seeds = 0, ()
+
+    def reset(self, seed=None):
+        self.episode, self.step_number, self.seeds = self.episode + 1, 0, (*self.seeds, seed)
+        return self.seen(), {}
+
+    def step(self, action):
+        self.step_number += 1
+        last, odd = self.step_number == 3, self.episode % 2 == 1
+        return self.seen(), 1.0, last and not odd, last and odd, {}
+
+    def seen(self):
+        return np.array([self.episode, self.step_number], dtype=np.float32)
+
+
+def online_data_are_true(m):
+    """A time limit starts an episode and is no end: its last successor is stored, not terminal."""
+    torch.manual_seed(0)
+    env, agent, states = ShortEpisodes(), m.make_agent(2, 1, (8,), 1e-3, 1e-3, 0.1), []
+    sample = agent.actor.sample
+
+    def watched(obs):
+        states.append((obs[0], torch.as_tensor(env.seen())))
+        return sample(obs)
+
+    agent.actor.sample = watched
+    with spy(m, "sac_update", lambda *_: None) as calls:
+        m.train_online(env, agent, 5, 40, 20, 16, 0.99, 0.01, lambda *_: None)
+    assert len(calls) == len(states) == 20, "one sampled action and one update a step"
+    assert all(torch.equal(acted, seen) for acted, seen in states)
+    assert env.seeds[0] == 5 and set(env.seeds[1:]) == {None}, "episodes must not repeat a start"
+    for call in calls:
+        obs, action, reward, next_obs, terminated = call.batch
+        episode, step = obs.unbind(1)
+        assert step.max() <= 2 and torch.equal(next_obs, obs + torch.tensor([0.0, 1.0]))
+        assert torch.equal(terminated, ((episode % 2 == 0) & (step == 2)).float())
+        assert reward.eq(1).all() and action.abs().max() <= 1
+
+
+CHECKS = [
+    losses_by_hand,
+    critic_shapes,
+    agents_side_by_side,
+    sample_and_log_prob_agree,
+    density_integrates_to_one,
+    samples_follow_the_density,
+    mode_is_the_median,
+    actor_stays_finite,
+    update_is_what_it_says,
+    make_agent_keeps_the_box,
+    actor_is_read_from_arrays,
+]
+ONLINE = [online_data_are_true]
+OFFLINE = [offline_loop_reports, cloning_is_maximum_likelihood, slice_is_the_smaller_twin]
