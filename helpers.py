@@ -571,7 +571,7 @@ def read_table(name: str) -> pd.DataFrame:
         text = path.read_text(encoding="utf-8")
         header = [line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("# ")]
         about = {key: json.loads(value) for key, value in header}
-        table = pd.read_csv(io.StringIO(text), comment="#", float_precision="round_trip")
+        table = pd.read_csv(io.StringIO(text), comment="#")
         whole = len(table) == about["rows"] and text.endswith("\n") and table.notna().all(axis=None)
         _expect(whole, f"{len(table)} rows, the last one {text.splitlines()[-1]!r}")
     except (ValueError, KeyError) as error:
@@ -699,15 +699,21 @@ def plot_alpha_reward(table: pd.DataFrame) -> Figure:
             plot_seeds(left, part[part["alpha_cql"] == alpha_cql], "step", "return", **style)
         late = late_mean(part, "return", ["alpha_cql", "seed"]).reset_index()
         late["place"] = late["alpha_cql"].map(alphas.index)  # evenly spaced: 0 has no logarithm
-        best = late.groupby("alpha_cql")["return"].mean().idxmax()
+        means = late.groupby("alpha_cql")["return"].mean()
+        good = means.index[means >= 0.95 * means.max()]
         plot_seeds(right, late, "place", "return", label="CQL", color=COLORS["blue"], marker="o")
         for i, level in enumerate(levels):
-            color, dash = ("black", "green", "purple", "grey")[i % 4], ("--", "-.", ":", "-")[i % 4]
-            look = {"label": level, "color": COLORS[color], "linestyle": dash, "linewidth": 1.3}
+            color = COLORS[("black", "green", "purple", "grey", "orange")[i % 5]]
+            dash = ("--", "-.", ":", "-", (0, (1, 3)))[i % 5]
+            look = {"label": level, "color": color, "linestyle": dash, "linewidth": 1.3}
             height = part.groupby("seed")[level].first().mean()
             right.plot([0, len(alphas) - 1], [height] * 2, **look)
-        left.set(title=f"{name}: learning curves", xlabel="gradient steps", ylabel="return [steps]")
-        right.set(title=rf"{name}: highest at $\alpha$ = {best:g}", xlabel=r"$\alpha_{cql}$")
+        ends = rf"{means.iloc[0]:.0f} at $\alpha$ = {alphas[0]:g}"
+        ends += f", {means.iloc[-1]:.0f} at {alphas[-1]:g}"
+        left.set(title=f"{name}: {ends}", xlabel="gradient steps", ylabel="return [steps]")
+        span = f"{good[0]:g}" + (f" to {good[-1]:g}" if len(good) > 1 else "")
+        title = rf"{name}: within 5 % of the best for $\alpha$ = {span}"
+        right.set(title=title, xlabel=r"$\alpha_{cql}$")
         right.set_xticks(range(len(alphas)), [f"{alpha_cql:g}" for alpha_cql in alphas])
         label_ends(left)
         label_ends(right)
@@ -738,7 +744,10 @@ def plot_q_value(table: pd.DataFrame, tau: float, gamma: float) -> Figure:
         excess = (last["prediction"] - last["truth"]).mean()
         side = "above" if excess > 0 else "below"
         ax.set(title=rf"{name}, $\alpha$ = {alpha_cql:g}: {abs(excess):.0f} {side} the truth")
-        ax.set_yscale("symlog", linthresh=ceiling)
+        ax.set_yscale("symlog", linthresh=ceiling, linscale=2.5)
+        ax.set_yticks([0, ceiling / 2, *ceiling * np.array([1, 10, 100, 1000])], minor=False)
+        ax.yaxis.set_major_formatter("{x:,.0f}")
+        ax.set_ylim(bottom=0)
     for ax in axes.flat:
         label_ends(ax)
     for ax in axes[-1]:
