@@ -675,32 +675,28 @@ def label_ends(ax: Axes, size: float = 8.5) -> None:
         ax.annotate(lines[i].get_label(), (1.01, y), xycoords="axes fraction", **look)
 
 
-def _some(values: Iterable[float], n: int) -> list[float]:
-    """At most n of the values, the smallest and the largest among them."""
-    values = sorted(set(values))
-    return [values[round(i)] for i in np.linspace(0, len(values) - 1, min(n, len(values)))]
-
-
 def plot_alpha_reward(table: pd.DataFrame) -> Figure:
     """Return of an alpha sweep: a row of two panels for each data set.
 
     `table` has the columns dataset, alpha_cql, seed, step and return; every further column is drawn
     as a level to compare with (a clone's return, the data's own). Left: return over gradient steps,
-    four weights. Right: mean return of the second half of training over alpha_cql, every seed.
+    of the smallest, middle, best and largest weight. Right: mean return of the second half of
+    training over alpha_cql, every seed.
     """
     names, alphas = list(table["dataset"].unique()), sorted(table["alpha_cql"].unique())
     levels = [c for c in table if c not in ("dataset", "alpha_cql", "seed", "step", "return")]
-    size = (10.0, 2.9 * len(names))
+    size = (10.0, 2.5 * len(names))
     fig, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, sharey=True)
     for (left, right), name in zip(axes, names, strict=True):
         part = table[table["dataset"] == name]
-        for alpha_cql, style in zip(_some(alphas, 4), STYLES, strict=False):
-            style = style | {"label": rf"$\alpha$ = {alpha_cql:g}", "markersize": 4}
-            plot_seeds(left, part[part["alpha_cql"] == alpha_cql], "step", "return", **style)
         late = late_mean(part, "return", ["alpha_cql", "seed"]).reset_index()
         late["place"] = late["alpha_cql"].map(alphas.index)  # evenly spaced: 0 has no logarithm
         means = late.groupby("alpha_cql")["return"].mean()
         good = means.index[means >= 0.95 * means.max()]
+        drawn = sorted({alphas[0], alphas[len(alphas) // 2], means.idxmax(), alphas[-1]})
+        for alpha_cql, style in zip(drawn, STYLES, strict=False):
+            style = style | {"label": rf"$\alpha$ = {alpha_cql:g}", "markersize": 4}
+            plot_seeds(left, part[part["alpha_cql"] == alpha_cql], "step", "return", **style)
         plot_seeds(right, late, "place", "return", label="CQL", color=COLORS["blue"], marker="o")
         for i, level in enumerate(levels):
             color = COLORS[("black", "green", "purple", "grey", "orange")[i % 5]]
@@ -708,12 +704,11 @@ def plot_alpha_reward(table: pd.DataFrame) -> Figure:
             look = {"label": level, "color": color, "linestyle": dash, "linewidth": 1.3}
             height = part.groupby("seed")[level].first().mean()
             right.plot([0, len(alphas) - 1], [height] * 2, **look)
-        ends = rf"{means.iloc[0]:.0f} at $\alpha$ = {alphas[0]:g}"
-        ends += f", {means.iloc[-1]:.0f} at {alphas[-1]:g}"
+        ends = ", ".join(rf"{means[a]:.0f} at $\alpha$ = {a:g}" for a in drawn)
         left.set(title=f"{name}: {ends}", xlabel="gradient steps", ylabel="return [steps]")
         span = f"{good[0]:g}" + (f" to {good[-1]:g}" if len(good) > 1 else "")
         title = rf"{name}: within 5 % of the best for $\alpha$ = {span}"
-        right.set(title=title, xlabel=r"$\alpha_{cql}$")
+        right.set(title=title, xlabel=r"$\alpha_{cql}$ (not to scale)")
         right.set_xticks(range(len(alphas)), [f"{alpha_cql:g}" for alpha_cql in alphas])
         label_ends(left)
         label_ends(right)
@@ -725,10 +720,12 @@ def plot_q_value(table: pd.DataFrame, tau: float, gamma: float) -> Figure:
 
     `table` has the columns dataset, alpha_cql, seed, step, prediction and truth. A row of panels
     for each data set, one for each of three weights; the axis is logarithmic above the ceiling.
+    The titles say how far the median seed ends from the truth.
     """
-    names, alphas = list(table["dataset"].unique()), _some(table["alpha_cql"], 3)
+    names, alphas = list(table["dataset"].unique()), sorted(table["alpha_cql"].unique())
+    alphas = sorted({alphas[0], alphas[len(alphas) // 2], alphas[-1]})
     ceiling, shape = 1 / (1 - gamma), (len(names), len(alphas))
-    size = (3.9 * shape[1], 2.6 * shape[0])
+    size = (3.7 * shape[1], 2.2 * shape[0])
     fig, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey=True)
     panels = [(name, alpha_cql) for name in names for alpha_cql in alphas]
     for ax, (name, alpha_cql) in zip(axes.flat, panels, strict=True):
@@ -741,7 +738,7 @@ def plot_q_value(table: pd.DataFrame, tau: float, gamma: float) -> Figure:
         look = {"label": "ceiling", "color": COLORS["vermilion"], "linestyle": "-."}
         ax.plot(step, 0 * step + ceiling, **look)
         last = part[part["step"] == step[-1]]
-        excess = (last["prediction"] - last["truth"]).mean()
+        excess = (last["prediction"] - last["truth"]).median()
         side = "above" if excess > 0 else "below"
         ax.set(title=rf"{name}, $\alpha$ = {alpha_cql:g}: {abs(excess):.0f} {side} the truth")
         ax.set_yscale("symlog", linthresh=ceiling, linscale=2.5)
@@ -753,7 +750,7 @@ def plot_q_value(table: pd.DataFrame, tau: float, gamma: float) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("gradient steps")
     for ax in axes[:, 0]:
-        ax.set_ylabel("value [discounted steps]")
+        ax.set_ylabel(f"value, log above {ceiling:.0f}")
     return fig
 
 
