@@ -706,8 +706,8 @@ def plot_alpha_reward(table: pd.DataFrame) -> Figure:
             right.plot([0, len(alphas) - 1], [height] * 2, **look)
         ends = ", ".join(rf"{means[a]:.0f} at $\alpha$ = {a:g}" for a in drawn)
         left.set(title=f"{name}: {ends}", xlabel="gradient steps", ylabel="return [steps]")
-        span = f"{good[0]:g}" + (f" to {good[-1]:g}" if len(good) > 1 else "")
-        title = rf"{name}: within 5 % of the best for $\alpha$ = {span}"
+        listed = ", ".join(f"{alpha_cql:g}" for alpha_cql in good)
+        title = rf"{name}: within 5 % of the best at $\alpha$ = {listed}"
         right.set(title=title, xlabel=r"$\alpha_{cql}$ (not to scale)")
         right.set_xticks(range(len(alphas)), [f"{alpha_cql:g}" for alpha_cql in alphas])
         label_ends(left)

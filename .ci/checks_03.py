@@ -152,12 +152,6 @@ def train_stops_at_nan(m):
 
 
 CHECKS = [
-    gap_is_a_cross_entropy,
-    target_is_double_dqn,
-    loss_by_hand,
-    loss_of_several_agents,
-    update_is_gradient_descent,
-    agents_side_by_side,
-    train_calls_update,
-    train_stops_at_nan,
-]
+    gap_is_a_cross_entropy, target_is_double_dqn, loss_by_hand, loss_of_several_agents,
+    update_is_gradient_descent, agents_side_by_side, train_calls_update, train_stops_at_nan,
+]  # fmt: skip

@@ -253,16 +253,8 @@ def lagrange_by_hand(m):
 
 
 CHECKS = [
-    integral_by_hand,
-    loss_by_hand,
-    proposals_are_what_they_say,
-    update_is_what_it_says,
-    update_of_several_agents,
-    bfloat16_is_an_approximation,
-    sparse_step_is_the_same_step,
-    options_are_handed_on,
-    floor_is_that_of_the_arithmetic,
-    the_look_in_bfloat16,
-    runs_resume_and_stop,
-    lagrange_by_hand,
-]
+    integral_by_hand, loss_by_hand, proposals_are_what_they_say, update_is_what_it_says,
+    update_of_several_agents, bfloat16_is_an_approximation, sparse_step_is_the_same_step,
+    options_are_handed_on, floor_is_that_of_the_arithmetic, the_look_in_bfloat16,
+    runs_resume_and_stop, lagrange_by_hand,
+]  # fmt: skip

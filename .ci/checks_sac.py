@@ -304,17 +304,9 @@ def online_data_are_true(m):
 
 
 CHECKS = [
-    losses_by_hand,
-    critic_shapes,
-    agents_side_by_side,
-    sample_and_log_prob_agree,
-    density_integrates_to_one,
-    samples_follow_the_density,
-    mode_is_the_median,
-    actor_stays_finite,
-    update_is_what_it_says,
-    make_agent_keeps_the_box,
-    actor_is_read_from_arrays,
-]
+    losses_by_hand, critic_shapes, agents_side_by_side, sample_and_log_prob_agree,
+    density_integrates_to_one, samples_follow_the_density, mode_is_the_median, actor_stays_finite,
+    update_is_what_it_says, make_agent_keeps_the_box, actor_is_read_from_arrays,
+]  # fmt: skip
 ONLINE = [online_data_are_true]
 OFFLINE = [offline_loop_reports, cloning_is_maximum_likelihood, slice_is_the_smaller_twin]

@@ -19,13 +19,14 @@ from helpers import fingerprint  # noqa: E402
 
 LAYOUT = {"README.md", "requirements.txt", "helpers.py", "notebooks", "figs", "LICENSE"}
 IGNORED = {"__pycache__", "workbook", "MUJOCO_LOG.TXT"}  # .gitignore has them, too
-TAGS = "parameters|export|exercise|check|twin:[\\w-]+|numbers-vary|nbval-check-output"
+TAGS = "parameters|export|reuse|exercise|check|twin:[\\w-]+|numbers-vary|nbval-check-output"
 CHAPTER = "CQL_alpha_reward|CQL_q_value|CQL_overestimateQ_pic"
 FIGURE = re.compile(rf"(0\d|A\d|schematic)_\w+|{CHAPTER}")
 EQUATION = r"(?:[1-9]|A\d)\.\d+"
 CITATION = re.compile(rf"\(({EQUATION}(?:(?:, | and |-){EQUATION})*)\)")
 MACHINE = re.compile(r"(?<![\w.:/~-])/(work|tmp|root|home)\b")
 MAX_LINES, MAX_BYTES, MIN_ALT, MIN_BADGE = 40, 1_500_000, 40, 10
+FRAMED = {"03"}  # the notebooks that are on the frame; once all are, the set goes
 # The frame: paragraphs of the first cell, sections after the numbered ones, and what fits into it.
 OPENING = ["Question", "Answer", "You will be able to", "You need", "Time"]
 CLOSING = ["Verdict", "Exercises", "Takeaways and limits", "Reading"]
@@ -152,20 +153,7 @@ def check_code(nb):
 
 def says_nothing(ok):
     """Why the expression `ok` of a claim would hold whatever was measured, or ''."""
-    known = {
-        "np",
-        "torch",
-        "math",
-        "bool",
-        "all",
-        "len",
-        "abs",
-        "min",
-        "max",
-        "sum",
-        "float",
-        "int",
-    }
+    known = set("np torch math bool all len abs min max sum float int".split())
     if not {n.id for n in ast.walk(ok) if isinstance(n, ast.Name)} - known:
         return "is a constant"
     for node in ast.walk(ok):
@@ -180,9 +168,13 @@ def says_nothing(ok):
     return ""
 
 
-def is_claim(first=None, *others):
-    string = isinstance(first, ast.JoinedStr) or isinstance(getattr(first, "value", 0), str)
-    return string and len(others) == 2
+def claims(c):
+    """The tuples (text, threshold, ok) of a cell, however they get into verdict()."""
+    for node in ast.walk(c.tree):
+        if isinstance(node, ast.Tuple) and len(node.elts) == 3:
+            text = node.elts[0]
+            if isinstance(text, ast.JoinedStr) or isinstance(getattr(text, "value", 0), str):
+                yield node.elts
 
 
 def check_verdict(nb):
@@ -194,39 +186,35 @@ def check_verdict(nb):
             yield c.i, "verdict in a cell without the tag nbval-check-output"
         if not re.search(r" OK$", c.printed, re.M) or re.search(r" FAIL$", c.printed, re.M):
             yield c.i, "a verdict whose stored lines do not end in OK"
-        claims = [
-            n.elts for n in ast.walk(c.tree) if isinstance(n, ast.Tuple) and is_claim(*n.elts)
-        ]
-        if not claims:
+        if not any(claims(c)):
             yield c.i, "a verdict without a claim written as (claim, threshold, ok) in its cell"
-        for claim, _, ok in claims:
+        for claim, _, ok in claims(c):
             if why := says_nothing(ok):
                 yield c.i, f"the claim {ast.unparse(claim)} {why}"
 
 
+def shown(c):
+    """The name in each call of show(), or None where it is not written out."""
+    for call in c.calls("show"):
+        names = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "name")]
+        yield names[0].value if names and isinstance(names[0], ast.Constant) else None
+
+
 def check_pictures(nb, figs):
     for c in nb.code:
-        calls = list(c.calls("show"))
-        shown = [
-            [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "name")]
-            for call in calls
-        ]
-        data = [out.get("data", {}) for out in c.outputs]
+        names, data = list(shown(c)), [out.get("data", {}) for out in c.outputs]
         images = [d for d in data if any(mime.startswith("image/") for mime in d)]
-        if len(shown) != len(images):
-            yield c.i, f"{len(images)} pictures stored, {len(shown)} calls of show()"
-        for data in images:
-            alt = "".join(data.get("text/plain", ""))
+        if len(names) != len(images):
+            yield c.i, f"{len(images)} pictures stored, {len(names)} calls of show()"
+        if None in names:
+            yield c.i, "show() with a name that is not written out"
+        for name, data in zip(names, images, strict=False):
+            alt, png = ("".join(data.get(mime, "")) for mime in ("text/plain", "image/png"))
+            png, file = base64.b64decode(png), figs / f"{name}.png"
             if len(alt) < MIN_ALT or alt.startswith("<"):
                 yield c.i, f"picture without alt text (text/plain is {alt!r})"
-        for name, data in zip(shown, images, strict=False):
-            if not name or not isinstance(name[0], ast.Constant):
-                yield c.i, "show() with a name that is not written out"
-                continue
-            png = base64.b64decode("".join(data.get("image/png", "")))
-            file = figs / f"{name[0].value}.png"
             if not png.startswith(b"\x89PNG\r\n\x1a\n"):
-                yield c.i, f"the stored picture {name[0].value} is no PNG"
+                yield c.i, f"the stored picture {name} is no PNG"
             if not file.exists() or file.read_bytes() != png:
                 yield c.i, f"the stored picture is not figs/{file.name}"
 
@@ -240,20 +228,18 @@ def check_paths(nb):
                 yield c.i, f"path of one machine: {part[found.start() :].split()[0]}"
 
 
-def headings(nb):
-    """(cell, text) of each second-level heading."""
-    for c in nb.prose:
-        yield from ((c.i, h) for h in re.findall(r"^## +(.+?) *$", without_fences(c.source), re.M))
-
-
 def check_frame(nb):
     """The same parts in the same order in each notebook, and no more than can be read."""
     first = nb.cells[0].source if nb.cells else ""
-    if not first.startswith(f"# {nb.number} · "):
+    if nb.number not in FRAMED:
         return
+    if not first.startswith(f"# {nb.number} · "):
+        yield 1, f"the first line does not begin with # {nb.number} · "
     if [w for w in re.findall(r"\*\*([^*]+?)[.:]?\*\*", first) if w in OPENING] != OPENING:
         yield 1, f"the first cell does not hold {', '.join(OPENING)} in this order, in bold"
-    found = [(i, h) for i, h in headings(nb) if h != "Symbols"]
+    texts = [(c.i, without_fences(c.source)) for c in nb.prose]
+    found = [(i, h) for i, t in texts for h in re.findall(r"^## +(.+?) *$", t, re.M)]
+    found = [(i, h) for i, h in found if h != "Symbols"]
     numbers = [int(m.group(1)) for _, h in found if (m := re.match(r"(\d+)\. ", h))]
     names = [h for _, h in found]
     if numbers != list(range(1, len(numbers) + 1)) or names[len(numbers) :] != CLOSING:
@@ -370,6 +356,11 @@ def check_equations(notebooks):
             yield nb.path, i, f"equation ({tag}) is cited by no comment in this notebook's code"
 
 
+def defined(c):
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name for node in getattr(c.tree, "body", []) if isinstance(node, kinds)}
+
+
 def check_twins(notebooks):
     twins = defaultdict(list)
     for nb in notebooks:
@@ -383,12 +374,15 @@ def check_twins(notebooks):
                 yield other, c.i, f"{tag} differs from its twin in {path.name}, cell {first.i}"
         if not others:
             yield path, first.i, f"{tag} has no twin in another notebook"
+        names = defined(first)
+        for nb in notebooks:
+            for c in nb.tagged("export"):
+                if tag not in c.tags and names & defined(c):
+                    yield nb.path, c.i, f"defines what {tag} defines elsewhere, and has no such tag"
 
 
 def check_figures(notebooks, root):
-    calls = [call for nb in notebooks for c in nb.code for call in c.calls("show")]
-    values = [v for call in calls for v in [*call.args, *(k.value for k in call.keywords)]]
-    shown = {str(v.value) for v in values if isinstance(v, ast.Constant)}
+    named = {name for nb in notebooks for c in nb.code for name in shown(c)}
     texts = [(root / "README.md").read_text("utf-8")] if (root / "README.md").exists() else []
     texts += [c.source for nb in notebooks for c in nb.prose]
     used = {target.split("/")[-1] for source in texts for _, target in images(source)}
@@ -402,7 +396,7 @@ def check_figures(notebooks, root):
             yield figure, 0, "a figure is named NN_what, schematic_what or as in the chapter"
         if drawn and not (figs / "data" / f"{name}.csv").exists():
             yield figure, 0, f"figure without data: figs/data/{name}.csv is missing"
-        if drawn and name not in shown:
+        if drawn and name not in named:
             yield figure, 0, "no notebook names this figure in show()"
         if not drawn and figure.name not in used:
             yield figure, 0, "no text shows this picture"

@@ -18,7 +18,9 @@ ORDER = ("04_", "01_", "03_", "A2_", "A4_", "A1_", "A3_", "02_")
 # and the same words. Both the stored output and the new one go through `mask` before they are
 # compared: a number (sign, thousands, decimals, exponent, %, nan and inf) becomes # together with
 # the blanks around it, since numbers are padded; remaining blanks are folded and trimmed, since
-# headers of tables are padded, too. Digits inside a word (x86_64, q1) are letters of that word.
+# headers of tables are padded, too. Digits inside a word (q1) are letters of that word. The kind
+# of processor and the peak memory, which Windows does not tell, are left out.
+MACHINE = re.compile(r" on (?:x86_64|AMD64|arm64|aarch64)\b|, at most [\d.]+ GB")
 NUMBER = re.compile(
     r"[ \t]*(?<![\w.])[+\-\u2212]?"
     r"(?:(?:\d+(?:,\d{3})*(?:\.\d*)*|\.\d+)(?:e[+-]?\d+)?(?:\+[a-z]+\d*)?|(?:nan|inf)\b)"
@@ -30,7 +32,7 @@ NUMBER = re.compile(
 def mask(output):
     if not isinstance(output, str):
         return output
-    text = re.sub(r"[ \t]+", " ", NUMBER.sub("#", output))
+    text = re.sub(r"[ \t]+", " ", NUMBER.sub("#", MACHINE.sub("", output)))
     return re.sub(r"^ | $", "", text, flags=re.MULTILINE)
 
 

@@ -144,10 +144,6 @@ def tag(i, tags):
     return lambda r: r.cells[i]["metadata"].update(tags=tags.split())
 
 
-def drop(i):
-    return lambda r: (r.cells.pop(i), r.run())
-
-
 def file(name, content=None):
     return lambda r: (r.root / name).unlink() if content is None else r.file(name, content)
 
@@ -187,10 +183,8 @@ SPOILERS = [  # the message, what is done to the repository
     (STALE, change(2, source="steps = 11")),
     (STALE, change(6, source="assert actor(1) == 1  # a comment")),
     (STALE, lambda r: r.cells.insert(2, r.cells.pop(7))),
-    (STALE, change(12, outputs=[])),
     (STALE, change(12, outputs=[printed("cells run: abcdefgh\n")])),
     ("is not run_summary(started) alone", rerun(12, "x = 1\nrun_summary(started)")),
-    ("is not run_summary(started) alone", drop(12)),
     ("unknown tag 'nbval-skip'", tag(7, "nbval-skip")),
     ("unknown tag 'nbval-ignore-output'", tag(7, "nbval-ignore-output")),
     ("unknown tag 'raises-exception'", tag(7, "raises-exception")),
@@ -198,7 +192,6 @@ SPOILERS = [  # the message, what is done to the repository
     ("to the letter, and with its numbers masked", tag(10, "nbval-check-output numbers-vary")),
     ("on 2 cells", add("x = 1", "parameters")),
     ("nbval comment", add("# NBVAL_IGNORE_OUTPUT\nprint(1)")),
-    ("nbval comment", add("#nbval_skip\nprint(1)")),
     ("a raw cell", change(7, cell_type="raw")),
     ("41 lines", add("x = 1\n" * 41)),
     ("does not parse", add("x = (")),
@@ -207,7 +200,6 @@ SPOILERS = [  # the message, what is done to the repository
     ("next code cell is not tagged check", tag(6, "")),
     ("bare name alpha in line 2", add("x = 1\nalpha = 2")),
     ("bare name alpha", add("def loss(q, alpha):\n    return q")),
-    ("bare name alpha", add("agent.alpha = 1")),
     ("helpers.py: bare name alpha", file("helpers.py", "alpha = 1")),
     ("an export cell imports helpers", add("from helpers import show", "export")),
     ("no verdict", rerun(10, "print('one is one')")),
@@ -223,7 +215,6 @@ SPOILERS = [  # the message, what is done to the repository
     ("without a claim written as", rerun(10, "claims = judge(q)\nverdict(*claims)")),
     ("is a constant", rerun(10, 'verdict(*[(f"{x}", "= 1", 1 > 0) for x in q])')),
     ("picture without alt text", change(8, outputs=[picture(FIGURE)])),
-    ("picture without alt text", change(8, outputs=[picture("a curve")])),
     ("0 pictures stored, 1 calls", change(8, outputs=[])),
     ("is no PNG", change(8, outputs=[picture(png=b"GIF89a")])),
     ("is not figs/01_curve.png", change(8, outputs=[picture(png=PNG + b"!")])),
@@ -232,7 +223,6 @@ SPOILERS = [  # the message, what is done to the repository
     ("alt text of ../figs/01_curve.png", say("![](../figs/01_curve.png)")),
     ("fewer than 40", say("![E[Q] grows](../figs/01_curve.png)")),
     ("fewer than 40", say('<img src="../figs/01_curve.png" alt="short">')),
-    ("fewer than 10", say("![CI](https://x.org/badge.svg)")),
     ("(1.2) is cited by no comment", say(r"$$q \tag{1.2}$$")),
     ("the code cites (1.7)", add("x = 1  # as in (1.1, 1.7)")),
     ("tag 1.1 used twice", say(r"$$q \tag{1.1}$$")),
@@ -241,6 +231,7 @@ SPOILERS = [  # the message, what is done to the repository
     ("twin:actor differs from its twin in 01_one", rerun(5, "def actor(obs):\n    return 2 * obs")),
     ("twin:setup differs from its twin in 01_one", rerun(1, "started = 0")),
     ("twin:critic has no twin", add("x = 1", "twin:critic")),
+    ("defines what twin:actor defines", tag(5, "export exercise")),
     ("figs/data/01_curve.csv is missing", file("figs/data/01_curve.csv")),
     ("no notebook names this figure in show()", file("figs/01_old.png", PNG)),
     ("no text shows this picture", file("figs/01_old.gif", "x")),
@@ -261,7 +252,6 @@ SPOILERS = [  # the message, what is done to the repository
     ("link leads nowhere", say("[etc](/etc/hostname)")),
     ("link leads nowhere", say('<a href="no.ipynb">next</a>')),
     ("no such heading", say("[two](A1_two.ipynb#Nowhere)")),
-    ("no such heading", say("[here](#Nowhere)")),
     ("README.md: link leads nowhere", file("README.md", "[x](no.md)")),
     ("TODO.txt: does not belong to the top level", file("TODO.txt", "")),
     ("LICENSE: is missing", file("LICENSE")),
@@ -275,9 +265,7 @@ SPOILERS = [  # the message, what is done to the repository
     ("headings are not", swap(4, "## 1. One", "## 2. One")),
     ("headings are not", swap(4, "## 1. One", "## 1. One\n\n## More")),
     ("headings are not", swap(11, "## Takeaways and limits", "## Takeaways")),
-    ("headings are not", swap(9, "## Verdict", "## 2. Verdict")),
     ("no table headed Symbols", swap(3, "Symbols", "Names")),
-    ("no table headed Symbols", swap(3, "|", "")),
     ("no **Next.**", swap(11, "**Next.**", "Next: ")),
     ("0 cells with the tag parameters", tag(2, "")),
     ("93 cells, more than 75", add("x = 1", times=80)),
@@ -295,15 +283,7 @@ def test_refuses(repo, i):
     assert any(message in line for line in refusals), refusals
 
 
-@pytest.mark.parametrize("spoil", ["tags", "path", "stale", "setup"])
-def test_solutions_are_checked_too(repo, spoil):
-    setup, last = repo.books["solutions/01_solutions"]["cells"]
-    if spoil == "tags":
-        setup["metadata"]["tags"].append("nbval-skip")
-    elif spoil == "path":
-        setup["outputs"].append(printed("/work/x"))
-    elif spoil == "stale":
-        last["outputs"] = []
-    else:
-        setup["metadata"]["tags"] = []
+@pytest.mark.parametrize("change", [{"metadata": {}}, {"source": "x = 1"}, {"execution_count": 7}])
+def test_solutions_are_checked_too(repo, change):
+    repo.books["solutions/01_solutions"]["cells"][0].update(change)
     assert any("solutions/01_solutions" in line for line in repo.refusals())

@@ -1,15 +1,17 @@
 """The plugin: what a masked comparison refuses, and a run of small notebooks on two cores."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from notebooks_plugin import mask, unlike
+from notebooks_plugin import mask, place, unlike
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = "step   return\n   0   -12.5\n 100 1,030.0  (3 % of 1e6)\nq1 on x86_64: nan, inf"
@@ -116,7 +118,7 @@ def test_numbers_may_differ_and_words_may_not(repo):
 
 
 def test_two_cores(repo):
-    """Longest first, a notebook in one kernel, failures reported, kernels and folders gone."""
+    """A notebook in one worker, failures reported, kernels and folders gone."""
     repo.write("A1_short", PID, ("x = 1", []), ("print(x)", []))
     repo.write("04_long", PID, ("import time; time.sleep(1)", []), ("print(1 + 1)", []), DRAW)
     repo.write("solutions/04_solutions", PID)
@@ -126,8 +128,8 @@ def test_two_cores(repo):
     status, said = repo.run("-vv")
     assert status == 1 and "8 passed" in said, said
     assert said.count("figs/") == 1 and "figs/data/y.csv: written by no notebook" in said, said
-    passed = [line for line in said.splitlines() if "PASSED" in line]
-    assert {line.split("notebooks/")[1][:2] for line in passed[:3]} == {"04", "A1"}, said
+    ran = set(re.findall(r"\[(gw\d)\].* PASSED (\S+)::", said))
+    assert len(ran) == 3 and len({worker for worker, _ in ran}) == 2, ran
     processes = [int(p.stem) for p in repo.root.glob("notebooks/**/*.pid")]
     assert len(processes) == 3
     for process in processes:
@@ -140,6 +142,13 @@ def test_two_cores(repo):
     status, said = repo.run()
     assert status == 1 and "1 failed, 7 passed" in said and "Cell outputs differ" in said, said
     assert "written by no" not in said, "only a run in which all cells pass is a full one"
+
+
+def test_longest_first():
+    names = ".ci/test_a.py notebooks/01_a.ipynb notebooks/02_b.ipynb notebooks/04_c.ipynb"
+    paths = map(Path, [*names.split(), "notebooks/solutions/04_d.ipynb"])
+    items = sorted((SimpleNamespace(path=path) for path in paths), key=place)
+    assert [item.path.stem for item in items] == ["04_c", "01_a", "02_b", "04_d", "test_a"]
 
 
 def test_tables_of_another_form(tmp_path):

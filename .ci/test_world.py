@@ -1,0 +1,80 @@
+"""One small world whose values are known: collect, train, evaluate, table and picture, end to end.
+
+It is the crossing of notebook 03, trained with that notebook's own functions.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import helpers
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"N_SEEDS": 2, "GRID_ALPHAS": (0.003, 3.0), "GRID_STEPS": 2500}
+
+
+@pytest.fixture(scope="module")
+def world():
+    (path,) = (ROOT / "notebooks").glob("03_*.ipynb")
+    names = {}
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        if {"parameters", "export", "reuse"} & set(cell["metadata"].get("tags", [])):
+            exec("".join(cell["source"]), names)
+            names |= {name: value for name, value in SMALL.items() if name in names}
+    return SimpleNamespace(**names)
+
+
+def test_recorded_walks_obey_the_world(world):
+    data = world.crossing_data(0)
+    before, after = ((x.numpy() * 4 + 4).round() for x in (data.obs, data.next_obs))
+    asked = np.clip(before + world.Crossing.moves[data.action.numpy()], 0, 8)
+    open_cell = (asked == 4).any(1, keepdims=True)
+    assert (after == np.where(open_cell, asked, before)).all()
+    goal = (after == [4, 8]).all(1)
+    assert (data.reward.numpy() == goal).all() and (data.terminated.numpy() == goal).all()
+    lengths = [rows.stop - rows.start for rows, whole in data.episodes() if whole]
+    assert max(lengths) == 12 and data.truncated.any()
+    assert set(data.episode_returns()) == {0.0, 1.0}
+
+
+def test_truth_of_known_policies(world):
+    here = {tuple(cell): i for i, cell in enumerate(world.cells)}
+    best, east = np.ones(17, dtype=int), np.ones(17, dtype=int)
+    best[[here[4, y] for y in range(4, 8)]] = 0  # north from the crossing on
+    assert world.exact(best)[world.start] == pytest.approx(0.95**7)
+    assert world.exact(east)[world.start] == 0
+    for policy, arrives in ((best, 1.0), (east, 0.0)):
+
+        def act(obs, policy=policy):
+            found = [here[tuple(cell)] for cell in (obs * 4 + 4).round().int().tolist()]
+            return torch.as_tensor(policy[found])
+
+        assert helpers.evaluate("FromTheWest-v0", act, seeds=[0, 1]).tolist() == [arrives] * 2
+
+
+def test_from_data_to_picture(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(helpers, "FIGS", tmp_path)
+    table = world.stitch([world.crossing_data(seed) for seed in world.SEEDS])
+    stored = helpers.save_table(table, "03_stitching", source="test")
+    assert stored.attrs["rows"] == len(table) == 2 * 2 * 10
+    late = helpers.late_mean(stored, "prediction", "alpha_cql")
+    truth = helpers.late_mean(stored, "truth", "alpha_cql")
+    assert truth[0.003] == pytest.approx(0.95**7, abs=1e-6) and truth[3.0] == 0
+    assert late[0.003] == pytest.approx(0.95**7, abs=0.1) and late[3.0] > 2
+    ax = plt.subplots()[1]
+    small = stored[stored["alpha_cql"] == 0.003]
+    line = helpers.plot_seeds(ax, small, "step", "prediction", label="prediction")
+    assert np.allclose(
+        line.get_ydata(), table[table["alpha_cql"] == 0.003].groupby("step")["prediction"].mean()
+    )
+    helpers.label_ends(ax)
+    assert [text.get_text() for text in ax.texts] == ["prediction"]
+    helpers.show(
+        ax.figure, "03_stitching", "Prediction over gradient steps in a world with known values."
+    )
+    assert (tmp_path / "03_stitching.png").read_bytes().startswith(b"\x89PNG")
