@@ -104,7 +104,8 @@ class Repository:
 
 
 @pytest.fixture
-def repo(tmp_path):
+def repo(tmp_path, monkeypatch):
+    monkeypatch.setattr(hygiene, "FRAMED", {"01"})
     return Repository(tmp_path)
 
 
