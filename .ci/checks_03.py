@@ -8,42 +8,6 @@ from exported import close, double, numbers, refuses, spy
 from torch.nn import functional as F
 
 
-def gap_is_a_cross_entropy(m):
-    q = numbers([math.log(3.0), 0.0], [0.0, 0.0], [1000.0, 1000.0])
-    close(m.cql_gap(q, torch.tensor([0, 1, 1])), [math.log(4 / 3), math.log(2), math.log(2)])
-    for lead in [(), (5,), (2, 3)]:
-        q, action = double(*lead, 7, 4), torch.randint(4, (*lead, 7))
-        expected = F.cross_entropy(q.reshape(-1, 4), action.reshape(-1), reduction="none")
-        close(m.cql_gap(q, action), expected.view(*lead, 7))
-        assert m.cql_gap(q.float(), action).dtype == torch.float32
-    q, action = double(6, 3).requires_grad_(), torch.tensor([0, 1, 2, 0, 1, 2])
-    (gradient,) = torch.autograd.grad(m.cql_gap(q, action).sum(), q)
-    close(gradient, q.softmax(-1) - F.one_hot(action, 3))
-
-
-def target_is_double_dqn(m):
-    online = numbers([5.0, 0.0], [0.0, 5.0], [0.0, 9.0])
-    slow = numbers([3.0, 7.0], [3.0, 7.0], [6.0, 4.0])
-    target = m.td_target(numbers(1.0, 1.0, -2.0), numbers(0.0, 1.0, 0.0), online, slow, 0.5)
-    close(target, [2.5, 1.0, 0.0])
-    reward, terminated = double(3, 5), (double(3, 5) > 0).double()
-    online, slow = double(3, 5, 2), double(3, 5, 2, seed=1)
-    both = m.td_target(reward, terminated, online, slow, 0.9)
-    for e, b in itertools.product(range(3), range(5)):
-        best = slow[e, b, online[e, b].argmax()]
-        close(both[e, b], reward[e, b] + 0.9 * (1 - terminated[e, b]) * best)
-    singles = [x.float() for x in (reward, terminated, online, slow)]
-    assert m.td_target(*singles, 0.9).dtype == torch.float32
-
-
-def loss_by_hand(m):
-    q, action, target = numbers([1.0, 1.0], [3.0, 3.0]), torch.tensor([0, 1]), numbers(0.0, 1.0)
-    close(m.cql_dqn_loss(q, action, target, 0.0), (1 + 4) / 4)
-    close(m.cql_dqn_loss(q, action, target, 2.0), (1 + 4) / 4 + 2 * math.log(2))
-    twice = m.cql_dqn_loss(q.repeat(2, 1), action.repeat(2), target.repeat(2), 2.0)
-    close(twice, m.cql_dqn_loss(q, action, target, 2.0))  # a mean over the batch
-
-
 def loss_of_several_agents(m):
     """One number per agent, each with its own alpha_cql, each what the agent alone would get."""
     q, action, target = double(3, 8, 2), torch.randint(2, (3, 8)), double(3, 8, seed=1)
@@ -54,7 +18,10 @@ def loss_of_several_agents(m):
         td = (q[e].gather(1, action[e][:, None])[:, 0] - target[e]).square().mean() / 2
         close(together[e], td + alpha_cql[e] * F.cross_entropy(q[e], action[e]))
         close(m.cql_dqn_loss(q[e], action[e], target[e], alpha_cql[e].item()), together[e])
-    assert m.cql_dqn_loss(q.float(), action, target.float(), 1.0).dtype == torch.float32
+    close(m.cql_gap(numbers([1000.0, 1000.0]), torch.tensor([1])), [math.log(2)])
+    single, q = target.float(), q.float()
+    assert m.cql_dqn_loss(q, action, single, 1.0).dtype == torch.float32
+    assert m.td_target(single, single, q, q, 0.9).dtype == torch.float32
 
 
 def a_batch(*lead):
@@ -152,6 +119,6 @@ def train_stops_at_nan(m):
 
 
 CHECKS = [
-    gap_is_a_cross_entropy, target_is_double_dqn, loss_by_hand, loss_of_several_agents,
-    update_is_gradient_descent, agents_side_by_side, train_calls_update, train_stops_at_nan,
+    loss_of_several_agents, update_is_gradient_descent, agents_side_by_side, train_calls_update,
+    train_stops_at_nan,
 ]  # fmt: skip

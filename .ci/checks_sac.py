@@ -1,12 +1,11 @@
 """Checks of what notebooks 01, 04 and A1 export: soft actor-critic, and A1's online loop."""
 
 import copy
-import math
 
 import gymnasium as gym
 import numpy as np
 import torch
-from exported import close, double, numbers, spy
+from exported import close, double, spy
 
 BOX = {"low": -2.0, "high": 3.0}
 
@@ -41,7 +40,6 @@ def sample_and_log_prob_agree(m):
         actions, log_pis = actor.sample(obs, 4)
         assert actions.shape == (5, 4, 2) and log_pis.shape == (5, 4) and action.shape == (5, 2)
         close(actor.log_prob(obs, actions), log_pis, 1e-7)
-        close(actor.log_prob(obs, actions[:, 0]), log_pis[:, 0], 1e-7)
         assert actions.dtype == torch.float64 and actions[:, 0].ne(actions[:, 1]).all()
         assert (actions >= low).all() and (actions <= high).all()
 
@@ -56,27 +54,17 @@ def samples_follow_the_density(m):
         spread = (density * (grid - mean) ** 2).sum().sqrt()
         assert abs(action.mean() - mean) < 0.02 * (high - low)
         assert abs(action.std() / spread - 1) < 0.02
-
-
-def mode_is_the_median(m):
-    for box, *_ in boxes():
-        actor, obs = an_actor(m, **box), 5 * double(3, 3)
-        samples, _ = actor.sample(obs, 50_000)
-        close(actor.mode(obs).detach(), samples.median(1).values.detach(), 0.05)
+        close(actor.mode(obs).detach(), action.median(1).values.detach(), 0.05)
 
 
 def actor_stays_finite(m):
-    """At the very bounds of the box, at any depth, and where the network asks for more spread."""
+    """At the very bounds of the box, and where the network asks for more spread."""
     for box, low, high in boxes():
         actor = m.TanhGaussianActor(3, 2, (8,), **box)
         bounds = torch.tensor([[low] * 2, [high] * 2])
         assert actor.log_prob(torch.zeros(2, 3), bounds).isfinite().all()
-    for hidden in [(8,), (8, 8, 8), [4, 5]]:
-        actor = m.TanhGaussianActor(3, 2, hidden)
-        action, log_pi = actor.sample(torch.zeros(4, 3))
-        assert action.shape == (4, 2) and log_pi.shape == (4,)
-        log_pi.sum().backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in actor.parameters())
+    actor.sample(torch.zeros(4, 3))[1].sum().backward()
+    assert all(p.grad.isfinite().all() for p in actor.parameters())
     _, log_std = actor(1e9 * torch.randn(50, 3))
     assert -10 < log_std.min() < log_std.max() < 5, "log_std is not clamped"
 
@@ -117,36 +105,19 @@ def agents_side_by_side(m):
         close(loss(*arguments(slice(None))), sum(loss(*arguments(e)) for e in range(4)))
 
 
-def losses_by_hand(m):
-    q_data, target = numbers([1.0, 2.0], [3.0, 4.0]), numbers(0.0, 2.0)
-    close(m.sac_critic_loss(q_data, target), (1 + 0) / 4 + (9 + 4) / 4)
-    assert m.sac_critic_loss(q_data.float(), target.float()).dtype == torch.float32
-    q_pi, log_pi = numbers([1.0, 2.0], [3.0, 0.0]), numbers(2.0, 4.0)
-    close(m.sac_actor_loss(q_pi, log_pi, 0.1), (0.2 - 1 + 0.4 - 0) / 2)
-    q_next = numbers([1.0, 2.0, 3.0], [2.0, 1.0, 5.0])
-    reward, terminated, log_pi = double(3), numbers(0.0, 1.0, 0.0), numbers(0.5, 0.5, -2.0)
-    expected = reward + numbers(0.9 * (1 - 0.05), 0.0, 0.9 * (3 + 0.2))
-    close(m.sac_target(reward, terminated, q_next, log_pi, 0.1, 0.9), expected)
-    for entropy, sign in [(-3.0, -1), (-1.0, 1)]:  # below the target it must rise
-        log_alpha_ent = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-        log_pi = torch.full((4,), -entropy, dtype=torch.float64, requires_grad=True)
-        m.temperature_loss(log_alpha_ent, log_pi, -2.0).backward()
-        assert log_alpha_ent.grad.sign() == sign and log_pi.grad is None
-        close(log_alpha_ent.grad, math.exp(0.3) * (entropy + 2.0))
-
-
 # ---- one gradient step, against the same step written out ---------------------------------------
-def a_fresh_agent(m):
+def a_fresh_agent(m, agents=None):
     """It learns by plain gradient descent, its target network is another; and a batch for it."""
     torch.manual_seed(0)
-    agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
-    agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,)).state_dict())
+    agent, lead = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2, agents=agents), (agents or 1, 32)
+    agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,), agents).state_dict())
     for name, optimizer in vars(agent).items():
         if isinstance(optimizer, torch.optim.Optimizer):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             setattr(agent, name, torch.optim.SGD(parameters, lr=0.1))
-    obs, action, next_obs = torch.randn(32, 3), torch.rand(32, 2) * 2 - 1, torch.randn(32, 3)
-    return agent, (obs, action, torch.randn(32), next_obs, (torch.randn(32) > 0).float())
+    obs, next_obs, reward = torch.randn(*lead, 3), torch.randn(*lead, 3), torch.randn(lead)
+    batch = obs, torch.rand(*lead, 2) * 2 - 1, reward, next_obs, (torch.randn(lead) > 0).float()
+    return agent, batch if agents else tuple(x[0] for x in batch)
 
 
 def descend(loss, parameters):
@@ -304,9 +275,9 @@ def online_data_are_true(m):
 
 
 CHECKS = [
-    losses_by_hand, critic_shapes, agents_side_by_side, sample_and_log_prob_agree,
-    density_integrates_to_one, samples_follow_the_density, mode_is_the_median, actor_stays_finite,
-    update_is_what_it_says, make_agent_keeps_the_box, actor_is_read_from_arrays,
+    critic_shapes, agents_side_by_side, sample_and_log_prob_agree, density_integrates_to_one,
+    samples_follow_the_density, actor_stays_finite, update_is_what_it_says,
+    make_agent_keeps_the_box, actor_is_read_from_arrays,
 ]  # fmt: skip
 ONLINE = [online_data_are_true]
 OFFLINE = [offline_loop_reports, cloning_is_maximum_likelihood, slice_is_the_smaller_twin]

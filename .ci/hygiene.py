@@ -31,7 +31,7 @@ FRAMED = {"03"}  # the notebooks that are on the frame; once all are, the set go
 OPENING = ["Question", "Answer", "You will be able to", "You need", "Time"]
 CLOSING = ["Verdict", "Exercises", "Takeaways and limits", "Reading"]
 MAX_CELLS, MAX_APPENDIX = {"01": 75, "02": 70, "03": 75, "04": 90}, 70
-MAX_WORDS, MAX_WORDS_A_LINE, MAX_MEDIAN = 5000, 9, 10
+MAX_WORDS, MAX_WORDS_A_LINE, MAX_MEDIAN, MAX_FIGURE = 5000, 9, 10, 12
 
 
 class Cell:
@@ -264,6 +264,9 @@ def check_frame(nb):
     if words > min(MAX_WORDS, MAX_WORDS_A_LINE * lines):
         most = f"{MAX_WORDS}, or than {MAX_WORDS_A_LINE} for each of {lines} lines of code"
         yield 0, f"{words} words of markdown, more than {most}"
+    for c in nb.code:
+        if any(c.calls("show")) and len(c) > MAX_FIGURE:
+            yield c.i, f"a figure cell of {len(c)} lines, more than {MAX_FIGURE}"
     if median > MAX_MEDIAN:
         yield 0, f"the median code cell has {median:g} lines, more than {MAX_MEDIAN}"
 

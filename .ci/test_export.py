@@ -1,8 +1,6 @@
 """Copied code: the `export` cells of a notebook are a script of their own, and bugs do not hide."""
 
 import ast
-import copy
-import os
 import subprocess
 import sys
 
@@ -23,51 +21,39 @@ CLONE = "bc_loss train_bc q_slice"
 DQN = "cql_gap td_target cql_dqn_loss QNetwork update train"
 
 # Notebook: the names that its export cells define, what is checked, where bugs are planted.
+OFFLINE = checks_sac.CHECKS + checks_sac.OFFLINE
+ONLINE = checks_sac.CHECKS + checks_sac.ONLINE
+CONSERVATIVE = checks_04.CHECKS + checks_sac.CHECKS
 EXPORTS = {
-    "01": (
-        f"{SAC} {REST} {CLONE} train_offline",
-        checks_sac.CHECKS + checks_sac.OFFLINE,
-        f"{SAC} q_slice",
-    ),
+    "01": (f"{SAC} {REST} {CLONE} train_offline", OFFLINE, f"{SAC} q_slice"),
     "03": (DQN, checks_03.CHECKS, DQN),
-    "04": (
-        f"{SAC} {REST} {CQL} {FAST} {LONG} {CLONE}",
-        checks_04.CHECKS + checks_sac.CHECKS,
-        f"{CQL} {FAST}",
-    ),
-    "A1": (
-        f"{SAC} {REST} ReplayBuffer train_online",
-        checks_sac.CHECKS + checks_sac.ONLINE,
-        "train_online",
-    ),
+    "04": (f"{SAC} {REST} {CQL} {FAST} {LONG} {CLONE}", CONSERVATIVE, f"{CQL} {FAST}"),
+    "A1": (f"{SAC} {REST} ReplayBuffer train_online", ONLINE, "train_online"),
 }
 NUMBERS = [number for number in NOTEBOOKS if number not in PROSE_ONLY]
 PAIRS = [(n, check) for n in NUMBERS for check in EXPORTS.get(n, ("", []))[1]]
-DEFINITIONS = (
-    ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.ClassDef
-)
+DEFINED = ast.FunctionDef | ast.ClassDef
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_export_cells_define_the_names(number):
     """Neither more nor fewer than listed above: an export tag removed is no check less."""
     body = ast.parse(export_source(number)).body
-    defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined = {node.name for node in body if isinstance(node, DEFINED)}
     assert defined == set(EXPORTS[number][0].split())
     for node in body:  # cells that only define
         main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        assert main or isinstance(node, DEFINITIONS), ast.unparse(node)
+        only = DEFINED | ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign
+        assert main or isinstance(node, only), ast.unparse(node)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_copied_code_runs_alone(tmp_path, number):
     """In an empty folder: nothing is used that is not defined there, or imported and not used."""
     (tmp_path / "copied.py").write_text(export_source(number))
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    ruff = ["-m", "ruff", "check", "--isolated", "--select", "F", "copied.py"]
-    for command in (ruff, ["copied.py"]):
-        options = {"cwd": tmp_path, "env": clean, "capture_output": True, "text": True}
-        result = subprocess.run([sys.executable, *command], **options)
+    for options in ("-m ruff check --isolated --select F copied.py", "-I copied.py"):
+        command = [sys.executable, *options.split()]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -124,43 +110,37 @@ def variants(node):
     for pair in SWAP_NAMES:
         for field in ("id", "attr"):
             if getattr(node, field, None) in pair and isinstance(node.ctx, ast.Load):
-                new = copy.copy(node)
                 (name,) = pair - {getattr(node, field)}
-                setattr(new, field, name)
+                new = type(node)(**vars(node) | {field: name})
                 yield f"{getattr(node, field)} -> {name}", new
 
 
-def places(tree, names):
-    """(parent, field, index) of every node in the bodies of the named functions and classes."""
-    todo = [node for node in tree.body if getattr(node, "name", "") in names]
-    while todo:
-        parent = todo.pop()
-        for field, value in ast.iter_fields(parent):
-            if isinstance(parent, ast.FunctionDef | ast.arg) and field != "body":
-                continue
-            for i, node in enumerate(value if isinstance(value, list) else [value]):
-                skipped = ast.Assert | ast.Raise | ast.Dict
-                if isinstance(node, ast.AST) and not isinstance(node, skipped):
-                    yield parent, field, (i if isinstance(value, list) else None)
-                    todo.append(node)
+def inside(node):
+    """The node and all below, but for signatures of functions and for messages of errors."""
+    yield node
+    below = node.body if isinstance(node, ast.FunctionDef) else ast.iter_child_nodes(node)
+    for child in below:
+        if not isinstance(child, ast.Assert | ast.Raise | ast.Dict):
+            yield from inside(child)
 
 
-def put(parent, field, i, node):
-    if i is None:
-        setattr(parent, field, node)
-    else:
-        getattr(parent, field)[i] = node
+class Replace(ast.NodeTransformer):
+    def __init__(self, old, new):
+        self.old, self.new = old, new
+
+    def visit(self, node):
+        return self.new if node is self.old else self.generic_visit(node)
 
 
 def planted(source, names):
     """Pairs (description, source with that one bug)."""
     tree = ast.parse(source)
-    for parent, field, i in list(places(tree, names)):
-        node = getattr(parent, field) if i is None else getattr(parent, field)[i]
+    tops = [node for node in tree.body if getattr(node, "name", "") in names]
+    for node in [node for top in tops for node in inside(top)]:
         for what, new in variants(node):
-            put(parent, field, i, ast.copy_location(new, node))
+            Replace(node, new).visit(tree)
             yield f"{what} in {ast.unparse(node).splitlines()[0]}", ast.unparse(tree)
-            put(parent, field, i, node)
+            Replace(new, node).visit(tree)
 
 
 def caught(source, checks):

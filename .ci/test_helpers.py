@@ -47,10 +47,6 @@ def arrays(n=6, width=3, action_dim=None):
     return columns | {"terminated": np.arange(n) % 3 == 2, "truncated": np.arange(n) % 4 == 1}
 
 
-def dataset(n=6, **options):
-    return OfflineDataset(**arrays(n), **options)
-
-
 def same(a, b):
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in OfflineDataset.columns)
 
@@ -73,9 +69,22 @@ def swing(obs):
     return torch.sin(3 * obs[..., :6])
 
 
-def alone(act, obs):
-    """The action for one observation."""
-    return act(torch.as_tensor(obs, dtype=torch.float32)[None])[0].numpy()
+def play(env_id, act, steps, seed):
+    """Rows of one environment, one episode after the other, each with its own seed."""
+    env, rows, episode = gym.make(env_id), [], 0
+    while len(rows) < steps:
+        (obs, _), done = env.reset(seed=seed + episode), False
+        while not done:
+            action = act(torch.as_tensor(obs, dtype=torch.float32)[None])[0].numpy()
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            rows.append((obs, action, float(reward), next_obs, terminated, truncated))
+            obs, done = next_obs, terminated or truncated
+        episode += 1
+    return rows[:steps]
+
+
+def plain_loop(*arguments):
+    return OfflineDataset(*map(np.stack, zip(*play(*arguments), strict=True)))
 
 
 # ---- seeds, summary, files ----------------------------------------------------------------------
@@ -117,29 +126,29 @@ def test_npz(tmp_path):
     """Round trip; refused are damaged, cut and foreign files, and nothing to save."""
     path, content = tmp_path / "x.npz", {"a": np.arange(300.0), "b": np.ones((20, 3), dtype=bool)}
     helpers.save_npz(path, content, {"seed": 0})
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    whole = path.read_bytes()
 
     def unharmed():
         loaded, about = helpers.load_npz(path, required=content)
-        pairs = zip(loaded.values(), content.values(), strict=True)
-        kept = [a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs]
-        return all(kept) and about == {"seed": 0} and list(loaded) == list(content)
+        assert about == {"seed": 0} and list(loaded) == list(content)
+        for name, array in content.items():
+            np.testing.assert_array_equal(loaded[name], array, strict=True)
 
-    assert unharmed()
+    unharmed()
     refuses(ValueError, r"\['c'\] missing", helpers.load_npz, path, required=["a", "c"])
     refuses(FileNotFoundError, "no.npz", helpers.load_npz, tmp_path / "no.npz")
     for arrays, about in [({}, {"a": 0}), (content, {}), ({"a": np.array([None])}, {"a": 0})]:
         with pytest.raises(ValueError):
             helpers.save_npz(tmp_path / "y.npz", arrays, about)
-    for place in rng.integers(len(whole), size=60):
+    for place in np.random.default_rng(0).integers(len(whole), size=60):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 85]) + whole[place + 1 :])
         with contextlib.suppress(ValueError):
-            assert unharmed()
+            unharmed()
     pickled = {"provenance": "{}", "a": np.array([{"a": 1}], dtype=object)}
     for arrays in (pickled, {"a": np.ones(3)}):
         np.savez(path, **arrays)
         refuses(ValueError, "x.npz: expected an .npz archive", helpers.load_npz, path)
-    for bad in (b"some text", *(whole[: int(share * len(whole))] for share in (0, 0.1, 0.5, 0.99))):
+    for bad in (b"some text", *(whole[:-cut] for cut in (1, 100, len(whole)))):
         path.write_bytes(bad)
         refuses(ValueError, "x.npz: expected an .npz archive", helpers.load_npz, path)
     assert os.listdir(tmp_path) == ["x.npz"]
@@ -210,13 +219,13 @@ def bad_columns():
 
 @pytest.mark.parametrize("name, change", list(bad_columns()))
 def test_bad_columns_are_refused(name, change):
-    with pytest.raises((ValueError, TypeError), match=rf"^{name}: expected .*got"):
-        OfflineDataset(**arrays() | change)
+    words = rf"^{name}: expected .*got"
+    refuses((ValueError, TypeError), words, OfflineDataset, **arrays() | change)
 
 
 def test_sample():
     """Rows stay together, uniform, with replacement; the global generator is left alone."""
-    d, state = dataset(10), torch.get_rng_state()
+    d, state = OfflineDataset(**arrays(10)), torch.get_rng_state()
     draws = [d.sample(10, torch.Generator().manual_seed(seed)) for seed in (*range(2000), 0)]
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(x, y) for x, y in zip(draws[0], draws[-1], strict=True))
@@ -228,11 +237,9 @@ def test_sample():
         columns = d.obs, d.action, d.reward, d.next_obs, d.terminated.float()
         assert all(torch.equal(x, c[row]) for x, c in zip(batch, columns, strict=True))
         assert batch[4].dtype == torch.float32
+    words = "batch_size: expected an integer from 1 to the 10 transitions"
     for size in (0, -1, 11, 2.5, None, "3"):
-        with pytest.raises(
-            ValueError, match="batch_size: expected an integer from 1 to the 10 transitions"
-        ):
-            d.sample(size)
+        refuses(ValueError, words, d.sample, size)
 
 
 def test_standardised_states():
@@ -254,35 +261,31 @@ def test_standardised_states():
 
 
 def test_take_and_concat():
-    d = dataset(20, provenance={"seed": 1})
+    d = OfflineDataset(**arrays(20), provenance={"seed": 1})
     first = d.take(5, standardise=True)
     assert torch.equal(first.obs, d.obs[:5]) and len(first) == 5 and first.standardise
     assert first.provenance == {"seed": 1} and same(d.take(20), d)
     torch.testing.assert_close(first.obs_mean, d.obs[:5].mean(0))
     for n in (0, -3, 21):
         refuses(ValueError, "n: expected 1 to the 20 transitions", d.take, n)
-    other = dataset(4, provenance={"seed": 2})
+    other = OfflineDataset(**arrays(4), provenance={"seed": 2})
     both = OfflineDataset.concat(d, other, standardise=True)
     assert len(both) == 24 and same(both.take(20), d) and torch.equal(both.obs[20:], other.obs)
     torch.testing.assert_close(both.obs_mean, torch.cat([d.obs, other.obs]).mean(0))
     assert both.provenance == {"parts": [{"seed": 1}, {"seed": 2}]}
     for name, options in (("obs", {"width": 4}), ("action", {"action_dim": 2})):
-        with pytest.raises(ValueError, match=f"one environment, got {name}"):
-            OfflineDataset.concat(d, OfflineDataset(**arrays(**options)))
+        foreign = OfflineDataset(**arrays(**options))
+        refuses(ValueError, f"one environment, got {name}", OfflineDataset.concat, d, foreign)
 
 
-def episodic():
-    """Four complete episodes (the second one timed out) and one that was cut."""
+def test_episodes():
+    """Four complete ones (the second one timed out) and one that was cut."""
     lengths = [2, 3, 1, 1, 2]
     obs = np.concatenate([np.arange(k) + 100.0 * i for i, k in enumerate(lengths)])[:, None]
     flags = np.zeros((2, 9), dtype=bool)
     flags[0, [1, 5, 6]] = flags[1, 4] = True
     reward = np.array([1.0, 1, 2, 2, 2, 5, 100, 900, 900])
-    return OfflineDataset(obs, np.zeros(9, int), reward, obs + 1, *flags, {"seed": 3})
-
-
-def test_episodes():
-    d = episodic()
+    d = OfflineDataset(obs, np.zeros(9, int), reward, obs + 1, *flags, {"seed": 3})
     spans = [(rows.start, rows.stop, complete) for rows, complete in d.episodes()]
     assert spans == [(0, 2, True), (2, 5, True), (5, 6, True), (6, 7, True), (7, 9, False)]
     returns = [2.0, 6.0, 5.0, 100.0]
@@ -323,20 +326,15 @@ def test_d4rl():
     assert torch.equal(d.next_obs[keep], d.obs[keep] + 1)  # never another episode's first state
     last = OfflineDataset.from_d4rl(d4rl(ends=[5]))
     assert len(last) == 6 and last.terminated[5], "a last row that ended is whole"
-    for key in ("observations", "actions", "rewards", "terminals"):
-        with pytest.raises(KeyError, match=f"'{key}'.* missing"):
-            OfflineDataset.from_d4rl({k: v for k, v in d4rl().items() if k != key})
-    with pytest.raises(KeyError, match="timeouts or next_observations"):
-        OfflineDataset.from_d4rl({k: v for k, v in d4rl().items() if k != "timeouts"})
+    for key in d4rl():
+        words = "timeouts or next_observations" if key == "timeouts" else f"'{key}'.* missing"
+        part = {k: v for k, v in d4rl().items() if k != key}
+        refuses(KeyError, words, OfflineDataset.from_d4rl, part)
     refuses(TypeError, "dictionary of arrays", OfflineDataset.from_d4rl, "file.hdf5")
-    for change in (
-        {"rewards": np.zeros(5)},
-        {"timeouts": np.zeros(5, dtype=bool)},
-        {"rewards": np.full(6, np.nan)},
-        {"observations": np.zeros((6, 0, 2))},
-        {key: column[:0] for key, column in d4rl().items()},
-    ):
-        refuses((ValueError, TypeError), "expected .*got", OfflineDataset.from_d4rl, d4rl(**change))
+    bad = [("rewards", np.zeros(5)), ("timeouts", np.zeros(5, dtype=bool))]
+    bad += [("rewards", np.full(6, np.nan)), ("observations", np.zeros((6, 0, 2)))]
+    for spoilt in (*(d4rl(**{key: column}) for key, column in bad), d4rl(0)):
+        refuses((ValueError, TypeError), "expected .*got", OfflineDataset.from_d4rl, spoilt)
 
 
 def test_minari(tmp_path, monkeypatch):
@@ -347,38 +345,21 @@ def test_minari(tmp_path, monkeypatch):
 
     d, buffers = plain_loop(CHEETAH, swing, 17, 0), []
     for i, (rows, _) in enumerate(d.episodes()):
-        obs, action, reward, next_obs, *ends = (
-            list(getattr(d, name)[rows].numpy()) for name in OfflineDataset.columns
-        )
+        columns = (list(getattr(d, name)[rows].numpy()) for name in OfflineDataset.columns)
+        obs, action, reward, next_obs, *ends = columns
         buffers.append(EpisodeBuffer(i, None, None, [*obs, next_obs[-1]], action, reward, *ends))
     stored = minari.create_dataset_from_buffers("test/cheetah-v0", buffers, env=gym.make(CHEETAH))
     read = OfflineDataset.from_minari(stored, standardise=True)
     assert same(read, d) and read.standardise and "test/cheetah-v0" in str(read.provenance)
     assert [(rows.stop, whole) for rows, whole in read.episodes()] == [(12, True), (17, False)]
     odd = SimpleNamespace(observations={"a": np.zeros(3)})
-    for error, words, foreign in (
-        (ValueError, "at least one episode", SimpleNamespace(iterate_episodes=lambda: iter(()))),
-        (TypeError, "one array, got dict", SimpleNamespace(iterate_episodes=lambda: iter([odd]))),
-        (TypeError, "minari.load_dataset", {"observations": np.zeros((3, 2))}),
-    ):
-        refuses(error, words, OfflineDataset.from_minari, foreign)
+    empty, other = (SimpleNamespace(iterate_episodes=lambda x=x: iter(x)) for x in ([], [odd]))
+    refuses(ValueError, "at least one episode", OfflineDataset.from_minari, empty)
+    refuses(TypeError, "one array, got dict", OfflineDataset.from_minari, other)
+    refuses(TypeError, "minari.load_dataset", OfflineDataset.from_minari, {"observations": 0})
 
 
 # ---- acting: collect, evaluate, the truth -------------------------------------------------------
-def plain_loop(env_id, act, steps, seed):
-    """One environment, one episode after the other, each with its own seed."""
-    env, rows, episode = gym.make(env_id), [], 0
-    while len(rows) < steps:
-        (obs, _), done = env.reset(seed=seed + episode), False
-        while not done:
-            action = alone(act, obs)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            rows.append((obs, action, float(reward), next_obs, terminated, truncated))
-            obs, done = next_obs, terminated or truncated
-        episode += 1
-    return OfflineDataset(*map(np.stack, zip(*rows[:steps], strict=True)))
-
-
 RUNS = [("CartPoleShort-v0", good), (CHEETAH, swing), ("CartPole-v1", sloppy)]
 
 
@@ -402,29 +383,27 @@ def test_bad_actions_are_refused():
     bad = [lambda obs: zeros(len(obs) - 1, **integer), lambda obs: zeros(len(obs), 3, **integer)]
     bad += [lambda obs: full((len(obs),), 0.7), lambda obs: None]
     worse = [lambda obs: zeros(6, len(obs)), lambda obs: full((len(obs), 6), torch.nan)]
+    errors, words = (ValueError, TypeError), "act: expected"
     for env_id, width, acts in (("CartPole-v1", 4, bad), ("HalfCheetah-v5", 17, worse)):
         for act in acts:
-            for play in (
-                lambda e, a: collect(e, a, 10, 0, n_envs=2),
-                lambda e, a: evaluate(e, a, [0, 1]),
-                lambda e, a, width=width: discounted_return(e, a, np.zeros((2, width)), 0.9),
-            ):
-                refuses((ValueError, TypeError), "act: expected", play, env_id, act)
+            refuses(errors, words, collect, env_id, act, 10, 0, n_envs=2)
+            refuses(errors, words, evaluate, env_id, act, [0, 1])
+            refuses(errors, words, discounted_return, env_id, act, np.zeros((2, width)), 0.9)
 
 
-def test_collect_and_evaluate_refuse():
-    for change in ({"steps": 0}, {"steps": -1}, {"n_envs": 0}):
-        with pytest.raises(ValueError, match="at least one"):
-            collect("CartPole-v1", good, **{"steps": 10, "seed": 0} | change)
+def test_acting_refuses():
+    for steps, n_envs in ((0, 1), (-1, 1), (10, 0)):
+        refuses(ValueError, "at least one", collect, "CartPole-v1", good, steps, 0, n_envs)
     refuses(ValueError, "seeds: expected at least one", evaluate, "CartPole-v1", good, [])
     refuses(gym.error.Error, "NoSuchPole", evaluate, "NoSuchPole-v0", good, [0])
+    right = {"env_id": "CartPole-v1", "act": good, "obs": np.zeros((1, 4)), "gamma": 0.9}
+    bad = [{"obs": x} for x in (np.zeros(4), np.zeros((0, 4)), np.zeros((2, 3)), [[np.nan] * 4])]
+    bad += [{"gamma": gamma} for gamma in (1.5, -0.1, np.nan)] + [{"horizon": 0}]
+    for change in (*bad, {"env_id": "MountainCar-v0", "obs": np.zeros((1, 2))}):
+        refuses(ValueError, "expected|can be restored", discounted_return, **right | change)
 
 
-def back(obs):
-    return -swing(obs)
-
-
-SIDES = [("CartPole-v1", [sloppy, good, left]), (CHEETAH, [swing, back])]
+SIDES = [("CartPole-v1", [sloppy, good, left]), (CHEETAH, [swing, lambda obs: -swing(obs)])]
 
 
 @pytest.mark.parametrize("env_id, acts", SIDES)
@@ -449,44 +428,29 @@ def test_evaluate_is_the_plain_loop(env_id, acts):
         np.testing.assert_allclose(seen, expected[0], atol=5)
 
 
-def test_cheetah_is_restored_exactly():
-    """Play on from the middle of an episode: the same rewards as when the episode goes on."""
-    env, rewards, states = gym.make("HalfCheetah-v5"), [], []
-    obs, _ = env.reset(seed=0)
-    for _ in range(60):
-        states.append(obs)
-        obs, reward, *_ = env.step(alone(swing, obs))
-        rewards.append(reward)
-    truth = discounted_return("HalfCheetah-v5", swing, states[:40:13], 0.9, horizon=20)
-    expected = [sum(0.9**k * rewards[t + k] for k in range(20)) for t in range(0, 40, 13)]
-    np.testing.assert_allclose(truth, expected, atol=1e-10)
+@pytest.mark.parametrize("env_id, act", [("CartPole-v1", sloppy), ("HalfCheetah-v5", swing)])
+def test_truth_is_what_follows(env_id, act):
+    """From the middle of an episode: the rewards, and a bonus, that it goes on to collect."""
+    rows = play(env_id, act, 80, 0)
+    ends = [t for t, row in enumerate(rows, 1) if row[4]] + [1000]
+    starts = [0, 1, 13, 26, 39]
+    states = np.stack([rows[t][0] for t in starts])
+    for gamma, horizon, bonus in ((0.0, 9, 0), (0.9, 20, 0), (1.0, 1, 0), (0.99, 25, 0.25)):
+        expected = []
+        for t in starts:
+            rewards = [row[2] for row in rows[t : min(e for e in ends if e > t)][:horizon]]
+            expected.append(sum(gamma**k * (r + bonus * (k > 0)) for k, r in enumerate(rewards)))
+        pair = lambda obs, bonus=bonus: (act(obs), torch.full(obs.shape[:-1], bonus))  # noqa: E731
+        for play_on in (pair, act) if not bonus else (pair,):
+            truth = discounted_return(env_id, play_on, states, gamma, horizon)
+            np.testing.assert_allclose(truth, expected, rtol=1e-9, atol=1e-10)
 
 
-def hand_loop(obs, act, gamma, horizon, bonus=0.0):
-    env = gym.make("CartPole-v1").unwrapped
-    env.reset(seed=0)
-    env.state, total = np.array(obs, dtype=np.float64), 0.0
-    for t in range(horizon):
-        obs, reward, terminated, _, _ = env.step(alone(act, obs))
-        total += gamma**t * (reward + (bonus if t else 0.0))
-        if terminated:
-            break
-    return total
-
-
-def test_truth_is_the_hand_loop():
-    states = np.random.default_rng(0).uniform(-0.2, 0.2, (6, 4))
-    for gamma, horizon in ((0.0, 9), (0.9, 40), (1.0, 1), (0.99, 25)):
-        truth = discounted_return("CartPole-v1", sloppy, states, gamma, horizon)
-        expected = [hand_loop(s, sloppy, gamma, horizon) for s in states]
-        np.testing.assert_allclose(truth, expected, rtol=1e-9)
-    for horizon in (30, 700):  # the environment itself would stop at 500
-        assert discounted_return("CartPole-v1", good, np.zeros((1, 4)), 1.0, horizon) == horizon
-    long = discounted_return("CartPole-v1", good, np.zeros((1, 4)), 0.9, 700)
-    np.testing.assert_allclose(long, (1 - 0.9**700) / (1 - 0.9))
-    soft = lambda obs: (left(obs), torch.full(obs.shape[:-1], 0.25))  # noqa: E731
-    truth = discounted_return("CartPole-v1", soft, states, 0.9, 50)
-    np.testing.assert_allclose(truth, [hand_loop(s, left, 0.9, 50, bonus=0.25) for s in states])
+def test_truth_has_no_time_limit():
+    """The environment itself would stop at 500."""
+    for gamma, horizon, truth in ((1.0, 30, 30), (1.0, 700, 700), (0.9, 700, 10)):
+        long = discounted_return("CartPole-v1", good, np.zeros((1, 4)), gamma, horizon)
+        np.testing.assert_allclose(long, truth, rtol=1e-7)
 
 
 def test_truth_of_agents_side_by_side():
@@ -497,14 +461,6 @@ def test_truth_of_agents_side_by_side():
         starts = np.broadcast_to(given, states.shape)
         for row, act, own in zip(truth, (sloppy, left), starts, strict=True):
             np.testing.assert_allclose(row, discounted_return("CartPole-v1", act, own, 0.9))
-
-
-def test_truth_refuses():
-    right = {"env_id": "CartPole-v1", "act": good, "obs": np.zeros((1, 4)), "gamma": 0.9}
-    bad = [{"obs": x} for x in (np.zeros(4), np.zeros((0, 4)), np.zeros((2, 3)), [[np.nan] * 4])]
-    bad += [{"gamma": gamma} for gamma in (1.5, -0.1, np.nan)] + [{"horizon": 0}]
-    for change in (*bad, {"env_id": "MountainCar-v0", "obs": np.zeros((1, 2))}):
-        refuses(ValueError, "expected|can be restored", discounted_return, **right | change)
 
 
 # ---- tables and verdicts ------------------------------------------------------------------------
@@ -551,8 +507,8 @@ def test_long_tables_are_extended_and_not_replaced(figs):
     for rows in (9, 12):
         save_table(table[:rows], "long/x", seed=0)
     for other in (table[:12], table[:9], table[1:20], table[:20].assign(truth=0.0)):
-        with pytest.raises(FileExistsError, match="can be extended and not replaced"):
-            save_table(other, "long/x", seed=0)
+        words = "can be extended and not replaced"
+        refuses(FileExistsError, words, save_table, other, "long/x", seed=0)
     assert len(read_table("long/x")) == 12
 
 
@@ -633,10 +589,9 @@ def test_plot_seeds():
     np.testing.assert_allclose(line.get_data(), [[10, 20, 30, 40], curves.mean(0)])
     thin = [line.get_ydata().tolist() for line in ax.get_lines()[1:]]
     assert thin == curves.tolist() and {line.get_color() for line in ax.get_lines()} == {"C3"}
-    with pytest.raises(ValueError, match="was a training cell run twice"):
-        helpers.plot_seeds(ax, pd.concat([table, table]), "step", "return")
-    with pytest.raises(ValueError, match="expected every step of every seed"):
-        helpers.plot_seeds(ax, table[1:], "step", "return")
+    twice = pd.concat([table, table]), "was a training cell run twice"
+    for bad, words in (twice, (table[1:], "expected every step of every seed")):
+        refuses(ValueError, words, helpers.plot_seeds, ax, bad, "step", "return")
 
 
 def test_label_ends():
@@ -674,11 +629,8 @@ def test_plot_alpha_reward():
         np.testing.assert_allclose(drawn(right, "CQL").get_data(), [range(5), late])
         for level, height in (("BC", 3.0), ("data", 9.0)):
             assert set(drawn(right, level).get_ydata()) == {height}
-        claim = right.get_title("left").split("=")[1]
-        first, *last = map(float, re.findall(r"[\d.]+", claim))
-        span = late.index[(late.index >= first) & (late.index <= (last or [first])[-1])]
-        claimed = span if " to " in claim else [first, *last]
-        assert list(claimed) == list(late.index[late > 0.95 * late.max()]), right.get_title("left")
+        claimed = right.get_title("left").split("=")[1].split(",")
+        assert list(map(float, claimed)) == list(late.index[late > 0.95 * late.max()]), claimed
         assert [text.get_text() for text in right.get_xticklabels()] == ["0", "0.5", "1", "5", "20"]
 
 

@@ -272,6 +272,7 @@ SPOILERS = [  # the message, what is done to the repository
     ("93 cells, more than 75", add("x = 1", times=80)),
     ("words of markdown, more than", say("word " * 200)),
     ("median code cell has 11 lines", add("x = 1\n" * 11, times=9)),
+    ("a figure cell of 13 lines", add("x = 1\n" * 12 + f'show(fig, "01_curve", "{ALT}")')),
     ("01_solutions.ipynb is missing", lambda r: r.books.pop("solutions/01_solutions")),
 ]
 

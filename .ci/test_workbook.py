@@ -7,37 +7,30 @@ from pathlib import Path
 import hygiene
 import pytest
 import workbook
+from fakes import code, markdown, printed
+from nbformat.v4 import new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = {p.name: json.loads(p.read_text("utf-8")) for p in (ROOT / "notebooks").glob("*.ipynb")}
 BEFORE = {"twin:setup", "parameters", "export"}
 
 
-def code(source, *tags):
-    return {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": source, "outputs": [1]}
-
-
-FAKE = {
-    "cells": [
-        code("import math", "export"),
+LINKS = "[a]({0}01_one.ipynb) [b](../figs/c.png) [d](#e) [f](https://x.org) <img src='{0}g.png'>"
+TWO = 'def log(x, *, base=base):\n    """Of x."""\n{}\n\n\ndef plus(\n    x,\n):\n{}'
+ERROR = '    raise NotImplementedError("{}: write this function, then run the next cell")'
+LOG = "    # by hand\n\n    def f(y):\n        return math.log(y)\n\n    return f(x) / f(base)"
+PLUS = "    # the comment goes, too\n    return x + 1"
+CHECK = 'assert log(base) == 1, "log(base) is 1"\nassert plus(1) == 2'
+FAKE = new_notebook(
+    cells=[
+        code("import math", "export", printed("1")),
         code("raise OSError('training takes hours')"),
         code("from math import e\nbase = e"),
-        {
-            "cell_type": "markdown",
-            "metadata": {},
-            "source": "[a](01_one.ipynb) [b](../figs/c.png) [d](#e) [f](https://x.org)"
-            ' <img src="policies/g.png">',
-        },
-        code(
-            'def log(x, *, base=base):\n    """Of x."""\n    # by hand\n\n    def inner(y):\n'
-            "        return math.log(y)\n\n    return inner(x) / inner(base)\n\n\n"
-            "def plus(\n    x,\n):\n    # the comment goes, too\n    return x + 1",
-            "export",
-            "exercise",
-        ),
-        code('assert log(base) == 1, "log(base) is 1"\nassert plus(1) == 2', "check"),
+        markdown(LINKS.format("")),
+        code(TWO.format(LOG, PLUS), "export exercise"),
+        code(CHECK, "check"),
     ]
-}
+)
 
 
 def cells_run(book, exercise):
@@ -77,16 +70,8 @@ def test_check_cell_tells_right_from_missing(book, i, monkeypatch):
 
 def test_what_is_left_of_a_notebook():
     book = workbook.workbook(copy.deepcopy(FAKE))
-    assert book["cells"][4]["source"] == (
-        'def log(x, *, base=base):\n    """Of x."""\n'
-        '    raise NotImplementedError("log: write this function, then run the next cell")\n\n\n'
-        "def plus(\n    x,\n):\n"
-        '    raise NotImplementedError("plus: write this function, then run the next cell")'
-    )
-    assert book["cells"][3]["source"] == (
-        "[a](../notebooks/01_one.ipynb) [b](../figs/c.png) [d](#e) [f](https://x.org)"
-        ' <img src="../notebooks/policies/g.png">'
-    )
+    assert book["cells"][4]["source"] == TWO.format(ERROR.format("log"), ERROR.format("plus"))
+    assert book["cells"][3]["source"] == LINKS.format("../notebooks/")
     assert all(cell.get("outputs", []) == [] for cell in book["cells"])
 
 
