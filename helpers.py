@@ -24,7 +24,9 @@ import pandas as pd
 import torch
 from IPython import get_ipython
 from IPython.display import display
+from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -751,6 +753,63 @@ def plot_q_value(table: pd.DataFrame, tau: float, gamma: float) -> Figure:
         ax.set_xlabel("gradient steps")
     for ax in axes[:, 0]:
         ax.set_ylabel(f"value, log above {ceiling:.0f}")
+    return fig
+
+
+def draw_cheetah(table: pd.DataFrame, name: str, moments: Sequence[int]) -> Figure:
+    """HalfCheetahs side by side: figs/<name>.gif, and a strip of these moments, which is returned.
+
+    `table` has the columns method, step and q0 ... q8, the simulator's positions; q0 is the metres
+    run, a step takes 0.05 s. The bodies are capsules whose ends the simulator knows: no OpenGL.
+    """
+    env = gym.make("HalfCheetah-v5").unwrapped
+    env.reset(seed=0)
+    capsule = env.model.geom_type == 3  # mujoco.mjtGeom.mjGEOM_CAPSULE
+    radius, half = env.model.geom_size[capsule, :2].T
+    methods, steps = list(table["method"].unique()), sorted(table["step"].unique())
+    places = table.set_index(["method", "step"])[[f"q{i}" for i in range(9)]]
+    colors = [COLORS[c] for c in ("vermilion", "orange", "green", "blue", "purple", "black")]
+
+    def draw(ax: Axes, method: str, step: int) -> None:
+        q = places.loc[method, step].to_numpy()
+        env.set_state(q, np.zeros(9))
+        axis = half[:, None] * env.data.geom_xmat[capsule].reshape(-1, 3, 3)[:, :, 2]
+        middle = env.data.geom_xpos[capsule] - [q[0], 0, 0]
+        ends = np.stack([middle - axis, middle + axis], axis=1)[:, :, [0, 2]]
+        ax.clear()
+        ax.axis("off")
+        ax.set(xlim=(-1.3, 1.3), ylim=(-0.1, 1.8), aspect="equal")
+        ax.set_title(f"{method} {q[0]:z.1f} m", fontsize=9, loc="center")
+        points = 72 * ax.get_window_extent().width / ax.figure.dpi / 2.6  # of a metre
+        color = colors[methods.index(method) % len(colors)]
+        look = {"linewidths": 2 * radius * points, "colors": color, "capstyle": "round"}
+        ax.add_collection(LineCollection(ends, **look))
+        marks = np.arange(np.ceil(2 * (q[0] - 1.3)), 2 * (q[0] + 1.3)) / 2 - q[0]
+        ax.plot(marks, 0 * marks, "|", color=COLORS["grey"], markersize=5)  # every half metre
+        ax.axhline(0, color=COLORS["grey"], linewidth=1)
+
+    def stage(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+        fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+        for ax in axes.flat:
+            ax.set(xlim=(-1.3, 1.3), ylim=(-0.1, 1.8), aspect="equal", title="x")
+            ax.axis("off")
+        fig.canvas.draw()  # gives the axes the size that the width of the limbs depends on
+        return fig, axes
+
+    fig, axes = stage(len(methods), 1, (3.0, 1.35 * len(methods)))
+    with tempfile.TemporaryDirectory() as folder:
+        film, writer = Path(folder) / "film.gif", PillowWriter(fps=20)
+        with writer.saving(fig, film, dpi=80):
+            for step in steps[::2]:
+                for ax, method in zip(axes[:, 0], methods, strict=True):
+                    draw(ax, method, step)
+                writer.grab_frame()
+        _write(FIGS / f"{name}.gif", film.read_bytes())
+    plt.close(fig)
+    fig, axes = stage(len(methods), len(moments), (1.6 * len(moments), 1.35 * len(methods)))
+    for row, method in zip(axes, methods, strict=True):
+        for ax, step in zip(row, moments, strict=True):
+            draw(ax, method, step)
     return fig
 
 

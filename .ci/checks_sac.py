@@ -1,11 +1,12 @@
 """Checks of what notebooks 01, 04 and A1 export: soft actor-critic, and A1's online loop."""
 
 import copy
+import math
 
 import gymnasium as gym
 import numpy as np
 import torch
-from exported import close, double, spy
+from exported import close, double, refuses, spy
 
 BOX = {"low": -2.0, "high": 3.0}
 
@@ -85,39 +86,18 @@ def critic_shapes(m):
     assert 0 < moved <= sum(p.numel() for p in critic.parameters()) / 2  # nothing is shared
 
 
-def agents_side_by_side(m):
-    """An axis E stands before the batch, no agent depends on another's data, losses add up."""
-    torch.manual_seed(0)
-    critic, actor = m.TwinCritic(3, 2, (8,), 4), m.TanhGaussianActor(3, 2, (8,), agents=4)
-    obs, action = torch.randn(4, 5, 3, requires_grad=True), torch.rand(4, 5, 2)
-    q = critic(obs, action)
-    assert q.shape == (2, 4, 5) and critic(obs, torch.rand(4, 5, 7, 2)).shape == (2, 4, 5, 7)
-    sample, log_pi = actor.sample(obs)
-    assert sample.shape == (4, 5, 2) and log_pi.shape == (4, 5)
-    (gradient,) = torch.autograd.grad(q[:, 1].sum(), obs)
-    assert gradient[1].ne(0).any() and gradient[[0, 2, 3]].eq(0).all()
-    q, target, log_pi, log_alpha = (double(*s) for s in ((2, 4, 6), (4, 6), (4, 6), (4, 1)))
-    for loss, arguments in [
-        (m.sac_critic_loss, lambda e: (q[:, e], target[e])),
-        (m.sac_actor_loss, lambda e: (q[:, e], log_pi[e], 0.3)),
-        (m.temperature_loss, lambda e: (log_alpha[e], log_pi[e], -2.0)),
-    ]:
-        close(loss(*arguments(slice(None))), sum(loss(*arguments(e)) for e in range(4)))
-
-
 # ---- one gradient step, against the same step written out ---------------------------------------
-def a_fresh_agent(m, agents=None):
+def a_fresh_agent(m):
     """It learns by plain gradient descent, its target network is another; and a batch for it."""
     torch.manual_seed(0)
-    agent, lead = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2, agents=agents), (agents or 1, 32)
-    agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,), agents).state_dict())
+    agent = m.make_agent(3, 2, (16,), 0.1, 0.1, 0.2)
+    agent.critic_target.load_state_dict(m.TwinCritic(3, 2, (16,)).state_dict())
     for name, optimizer in vars(agent).items():
         if isinstance(optimizer, torch.optim.Optimizer):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             setattr(agent, name, torch.optim.SGD(parameters, lr=0.1))
-    obs, next_obs, reward = torch.randn(*lead, 3), torch.randn(*lead, 3), torch.randn(lead)
-    batch = obs, torch.rand(*lead, 2) * 2 - 1, reward, next_obs, (torch.randn(lead) > 0).float()
-    return agent, batch if agents else tuple(x[0] for x in batch)
+    obs, next_obs, reward = torch.randn(32, 3), torch.randn(32, 3), torch.randn(32)
+    return agent, (obs, torch.rand(32, 2) * 2 - 1, reward, next_obs, (torch.randn(32) > 0).float())
 
 
 def descend(loss, parameters):
@@ -128,14 +108,14 @@ def descend(loss, parameters):
     return gradients
 
 
-def written_out(agent, batch, bonus=0.2, n_critics=2, propose=None, alpha_cql=0.0):
+def written_out(agent, batch, bonus=0.2, combine=torch.amin, propose=None, alpha_cql=0.0):
     """The step on critics, actor and temperature; returns the critics' gradients, td and gap."""
     obs, action, reward, next_obs, terminated = batch
     critic, actor = agent.critic, agent.actor
     with torch.no_grad():
         next_action, log_pi = actor.sample(next_obs)
-        q_next = agent.critic_target(next_obs, next_action)[:n_critics]
-        target = reward + 0.9 * (q_next.amin(0) - bonus * log_pi) * (terminated == 0)
+        q_next = agent.critic_target(next_obs, next_action)
+        target = reward + 0.9 * (combine(q_next, 0) - bonus * log_pi) * (terminated == 0)
         samples, log_density = propose(actor, obs, next_obs, 5) if propose else (None, None)
     q_data, gap = critic(obs, action), torch.zeros(2)
     td = ((q_data - target) ** 2).mean(-1).sum() / 2
@@ -143,7 +123,7 @@ def written_out(agent, batch, bonus=0.2, n_critics=2, propose=None, alpha_cql=0.
         gap = ((critic(obs, samples) - log_density).exp().mean(-1).log() - q_data).mean(-1)
     gradients = descend(td + alpha_cql * gap.sum(), critic.parameters())
     pi_action, log_pi = actor.sample(obs)
-    q_pi = critic(obs, pi_action)[:n_critics].amin(0)
+    q_pi = combine(critic(obs, pi_action), 0)
     descend((0.2 * log_pi - q_pi).mean(), actor.parameters())
     temperature = agent.log_alpha_ent
     descend(-(temperature.exp() * (log_pi.detach() - 2)).mean(), [temperature])
@@ -163,15 +143,27 @@ def same_agent(agent, expected, gradients, tolerance=1e-5):
         assert p.requires_grad
 
 
+def first(q, dim):
+    return q[0]
+
+
 def update_is_what_it_says(m):
-    for n_critics in (2, 1):
+    for combine, entropy in (
+        (torch.amin, True),
+        (torch.mean, True),
+        (first, True),
+        (torch.amin, False),
+    ):
         agent, batch = a_fresh_agent(m)
         expected, state = copy.deepcopy(agent), torch.get_rng_state()
         with spy(m, "sac_critic_loss") as calls:
-            m.sac_update(agent, batch, 0.9, 0.25, n_critics)
+            said = m.sac_update(agent, batch, 0.9, 0.25, combine, entropy)
         assert len(calls) == 1 and not calls[0].target.requires_grad
         torch.set_rng_state(state)
-        same_agent(agent, expected, written_out(expected, batch, n_critics=n_critics)[0])
+        gradients, td, _ = written_out(expected, batch, 0.2 * entropy, combine)
+        same_agent(agent, expected, gradients)
+        assert not said["loss"].requires_grad
+        close(said["loss"], td, 1e-4)
 
 
 def make_agent_keeps_the_box(m):
@@ -184,22 +176,13 @@ def make_agent_keeps_the_box(m):
 
 # ---- cells that not every notebook has ----------------------------------------------------------
 def cloning_is_maximum_likelihood(m):
-    log_prob = double(3, 8)
-    close(m.bc_loss(log_prob), -log_prob.mean(1).sum())
+    log_prob = double(8)
+    close(m.bc_loss(log_prob), -log_prob.mean())
     torch.manual_seed(0)
     actor, obs, action = m.TanhGaussianActor(3, 2, (16,)), torch.randn(64, 3), torch.rand(64, 2)
     before = actor.log_prob(obs, action).mean()
-    m.train_bc(actor, lambda n: (obs[:n], action[:n], None, None, None), 50, 64, 1e-2)
+    m.train_bc(actor, lambda: (obs, action, None, None, None), 50, 1e-2)
     assert actor.log_prob(obs, action).mean() > before + 0.5
-
-
-def slice_is_the_smaller_twin(m):
-    torch.manual_seed(0)
-    critic, obs, action = m.TwinCritic(3, 2, (8,)), torch.randn(4, 3), torch.rand(4, 2)
-    line = m.q_slice(critic, obs, action, 1, torch.tensor([-0.5, 0.5]))
-    for k, value in enumerate((-0.5, 0.5)):
-        moved = torch.stack([action[:, 0], torch.full((4,), value)], dim=1)
-        close(line[:, k], critic(obs, moved).amin(0).detach(), 1e-6)
 
 
 def actor_is_read_from_arrays(m):
@@ -214,21 +197,43 @@ def actor_is_read_from_arrays(m):
     close(mode, np.tanh(x[:, :2]), 1e-5)
 
 
-def offline_loop_reports(m):
+def loop_reports(m):
     """`report` sees step 0 and every so often; every step has a batch of its own."""
-    drawn, seen = [], []
+    drawn, seen, updated = [], [], []
 
-    def sample(n):
-        drawn.append(torch.zeros(n))
+    def sample():
+        drawn.append(object())
         return drawn[-1]
 
-    agent = object()
-    with spy(m, "sac_update", lambda *_: None) as calls:
-        m.train_offline(agent, sample, 7, 5, 0.9, 0.2, lambda *x: seen.append(x), 3, 1)
-    assert seen == [(0, agent), (3, agent), (6, agent)] and len(calls) == len(drawn) == 7
-    for call, batch in zip(calls, drawn, strict=True):
-        assert call.batch is batch and len(batch) == 5 and call.agent is agent
-        assert (call.gamma, call.tau, call.n_critics) == (0.9, 0.2, 1)
+    def update(batch):
+        updated.append(batch)
+        return {"loss": torch.tensor(-1e6), "td": torch.tensor(0.0)}
+
+    m.train_offline(update, sample, 7, seen.append, 3)
+    assert seen == [0, 3, 6] and updated == drawn and len(drawn) == 7
+    m.train_offline(update, sample, 1)  # no report
+
+
+def loop_stops(m):
+    """It names the step and the likely cause, at once, and does not go on."""
+    fine, spoilt = torch.ones(4), torch.tensor([1.0, math.nan])
+    for batch, loss, td, words in (
+        ([fine, spoilt], math.nan, math.nan, ["step 1", "NaN", "the data"]),
+        ([fine, fine, fine], math.nan, 0.0, ["nan", "learning rate"]),
+        ([fine, fine, torch.tensor([1.0, -7.0])], 3e3, 2e3, ["TD error", "3e+03", "is 7"]),
+        ([fine, fine, fine], -2e3, 10.0, ["gap runs away"]),
+    ):
+        parts, calls = {"loss": torch.tensor(loss), "td": torch.tensor(td)}, []
+
+        def update(batch, parts=parts, calls=calls):
+            calls.append(batch)
+            return parts
+
+        def run(update=update, batch=batch):
+            m.train_offline(update, lambda: batch, 5, limit=1e3)
+
+        refuses(FloatingPointError, words, run)
+        assert len(calls) == 1
 
 
 class ShortEpisodes:
@@ -275,9 +280,11 @@ def online_data_are_true(m):
 
 
 CHECKS = [
-    critic_shapes, agents_side_by_side, sample_and_log_prob_agree, density_integrates_to_one,
+    critic_shapes, sample_and_log_prob_agree, density_integrates_to_one,
     samples_follow_the_density, actor_stays_finite, update_is_what_it_says,
-    make_agent_keeps_the_box, actor_is_read_from_arrays,
+    make_agent_keeps_the_box,
 ]  # fmt: skip
-ONLINE = [online_data_are_true]
-OFFLINE = [offline_loop_reports, cloning_is_maximum_likelihood, slice_is_the_smaller_twin]
+LOOP = [loop_reports, loop_stops]
+READ = [actor_is_read_from_arrays]
+ONLINE = [*READ, online_data_are_true]
+OFFLINE = [*LOOP, *READ, cloning_is_maximum_likelihood]

@@ -4,31 +4,47 @@ import ast
 import subprocess
 import sys
 
+import checks_02
 import checks_03
 import checks_04
+import checks_A2
+import checks_A4
 import checks_sac
 import pytest
 from exported import NOTEBOOKS, as_module, export_source
 
-PROSE_ONLY = {"02", "A3"}  # nothing to copy
+PROSE_ONLY = {"A3"}  # nothing to copy
 SAC = """squashed_log_density TanhGaussianActor TwinCritic sac_target sac_critic_loss sac_actor_loss
     temperature_loss sac_update polyak_update"""
-REST = "ParallelMLP make_agent minimise actor_from_arrays"
-CQL = "log_integral_exp_q propose cql_sac_critic_loss critic_step cql_sac_update"
-FAST = "q_in_bfloat16 sparse_critic_step normalised_gap lagrange_loss"
-LONG = "save_checkpoint load_checkpoint check_loss check_weights train_cql"
-CLONE = "bc_loss train_bc q_slice"
+REST = "mlp make_agent minimise actor_update"
+LOOP = "likely_cause train_offline"
+CQL = "log_integral_exp_q propose check_box cql_sac_critic_loss cql_sac_update"
+CLONE = "bc_loss train_bc"
+TABLE = """backup evaluate_policy conservative_reward chi_square inner_maximum cql_gap
+    solve_bandit"""
 DQN = "cql_gap td_target cql_dqn_loss QNetwork update train"
+STACKED = "log_integral_exp_q propose cql_sac_critic_loss critic_step cql_sac_update"
+GAP = "mixture_log_density effective_share normalised_gap lagrange_loss"
+FAST = "q_in_bfloat16 sparse_critic_step"
+LONG = "save_checkpoint load_checkpoint check_loss check_weights train_cql"
+LONG += " ParallelMLP make_agent minimise actor_from_arrays"
 
 # Notebook: the names that its export cells define, what is checked, where bugs are planted.
 OFFLINE = checks_sac.CHECKS + checks_sac.OFFLINE
 ONLINE = checks_sac.CHECKS + checks_sac.ONLINE
-CONSERVATIVE = checks_04.CHECKS + checks_sac.CHECKS
+CONSERVATIVE = checks_04.CHECKS + checks_sac.CHECKS + checks_sac.LOOP
 EXPORTS = {
-    "01": (f"{SAC} {REST} {CLONE} train_offline", OFFLINE, f"{SAC} q_slice"),
+    "01": (
+        f"{SAC} {REST} {LOOP} {CLONE} actor_from_arrays",
+        OFFLINE,
+        f"{SAC} {REST} {LOOP} q_slice",
+    ),
+    "02": (TABLE, checks_02.CHECKS, TABLE),
     "03": (DQN, checks_03.CHECKS, DQN),
-    "04": (f"{SAC} {REST} {CQL} {FAST} {LONG} {CLONE}", CONSERVATIVE, f"{CQL} {FAST}"),
-    "A1": (f"{SAC} {REST} ReplayBuffer train_online", ONLINE, "train_online"),
+    "04": (f"{SAC} {REST} {LOOP} {CQL}", CONSERVATIVE, CQL),
+    "A1": (f"{SAC} {REST} actor_from_arrays ReplayBuffer train_online", ONLINE, "train_online"),
+    "A4": (GAP, checks_A4.CHECKS, GAP),
+    "A2": (f"{SAC} {STACKED} {FAST} {LONG}", checks_A2.CHECKS, f"{SAC} {STACKED} {FAST}"),
 }
 NUMBERS = [number for number in NOTEBOOKS if number not in PROSE_ONLY]
 PAIRS = [(n, check) for n in NUMBERS for check in EXPORTS.get(n, ("", []))[1]]

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from gymnasium.envs.registration import register
+from PIL import Image
 
 import helpers
 from helpers import OfflineDataset, collect, discounted_return, evaluate, read_table, save_table
@@ -172,8 +173,11 @@ def test_load_policy(tmp_path):
     helpers.save_npz(path, POLICY, ABOUT)
     loaded, about = helpers.load_policy(path)
     assert about == ABOUT and list(loaded) == list(POLICY)
-    path.write_bytes(path.read_bytes()[:-100])
-    refuses(ValueError, "p.npz: expected", helpers.load_policy, path)
+    assert all(np.array_equal(loaded[name], array) for name, array in POLICY.items())
+    whole = path.read_bytes()
+    for length in (len(whole) - 100, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        refuses(ValueError, "p.npz: expected", helpers.load_policy, path)
     for change in BAD_POLICIES:
         content = {k: v for k, v in (POLICY | change).items() if v is not None}
         helpers.save_npz(path, content, ABOUT)
@@ -652,6 +656,29 @@ def test_plot_q_value():
         words = f"{abs(excess):.0f} {'above' if excess > 0 else 'below'} the truth"
         assert title.endswith(f": {words}"), (title, words)
     assert sides == {True, False}
+
+
+def test_draw_cheetah(figs):
+    """Both pictures show the same limbs from the first frame on, and how far each cheetah came."""
+    columns = [f"q{i}" for i in range(9)]
+    rows = [{"method": m, "step": t} | dict.fromkeys(columns, 0.0) for m in "ab" for t in range(3)]
+    table = pd.DataFrame(rows)
+    table.loc[(table["method"] == "b") & (table["step"] == 2), "q0"] = 2.0  # four ticks on
+    fig = helpers.draw_cheetah(table, "film", moments=(0, 2))
+    titles = [ax.get_title() for ax in fig.axes]
+    assert titles == ["a 0.0 m", "a 0.0 m", "b 0.0 m", "b 2.0 m"]
+    limbs = [ax.collections[0] for ax in fig.axes]
+    assert {len(one.get_segments()) for one in limbs} == {8}  # torso, head, two legs of three
+    for one in limbs:  # seen from the cheetah, wherever it is; none is clipped
+        np.testing.assert_allclose(one.get_segments(), limbs[0].get_segments(), atol=1e-12)
+        assert np.abs(one.get_segments()).max() < 1.3
+        assert min(one.get_linewidths()) > 3
+    with Image.open(figs / "film.gif") as film:
+        first, second = (np.asarray(film.convert("RGB")) for _ in map(film.seek, range(2)))
+    change = np.abs(first.astype(int) - second).max(axis=2)
+    assert change[: len(change) * 2 // 5].max() < 64  # a did not move; colours are a palette's
+    assert change.max() > 128 and (figs / "film.gif").stat().st_size < 500_000
+    refuses(KeyError, "q8", helpers.draw_cheetah, table.drop(columns="q8"), "film", (0,))
 
 
 def test_show(figs, monkeypatch, capsys):
