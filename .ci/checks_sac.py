@@ -266,8 +266,10 @@ def online_data_are_true(m):
         return sample(obs)
 
     agent.actor.sample = watched
+    reports = []
     with spy(m, "sac_update", lambda *_: None) as calls:
-        m.train_online(env, agent, 5, 40, 20, 16, 0.99, 0.01, lambda *_: None)
+        memory = m.train_online(env, agent, 5, 40, 20, 16, 0.99, 0.01, reports.append, 8)
+    assert reports == [8, 16, 24, 32, 40] and memory.added == len(memory.columns[0]) == 40
     assert len(calls) == len(states) == 20, "one sampled action and one update a step"
     assert all(torch.equal(acted, seen) for acted, seen in states)
     assert env.seeds[0] == 5 and set(env.seeds[1:]) == {None}, "episodes must not repeat a start"

@@ -42,7 +42,11 @@ EXPORTS = {
     "02": (TABLE, checks_02.CHECKS, TABLE),
     "03": (DQN, checks_03.CHECKS, DQN),
     "04": (f"{SAC} {REST} {LOOP} {CQL}", CONSERVATIVE, CQL),
-    "A1": (f"{SAC} {REST} actor_from_arrays ReplayBuffer train_online", ONLINE, "train_online"),
+    "A1": (
+        f"{SAC} {REST} actor_from_arrays ReplayBuffer train_online",
+        ONLINE,
+        "train_online ReplayBuffer",
+    ),
     "A4": (GAP, checks_A4.CHECKS, GAP),
     "A2": (f"{SAC} {STACKED} {FAST} {LONG}", checks_A2.CHECKS, f"{SAC} {STACKED} {FAST}"),
 }
