@@ -5,85 +5,22 @@ import math
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
+from checks_04 import integral_by_hand, proposals_are_what_they_say
+from checks_sac import (
+    actor_is_read_from_arrays,
+    actor_stays_finite,
+    critic_shapes,
+    density_integrates_to_one,
+    descend,
+    make_agent_keeps_the_box,
+    same_agent,
+    sample_and_log_prob_agree,
+    samples_follow_the_density,
+)
 from exported import close, double, numbers, refuses, spy
 
-BOX = {"low": -2.0, "high": 3.0}
-
-
-def boxes():
-    for box in ({}, BOX):
-        yield box, box.get("low", -1.0), box.get("high", 1.0)
-
-
-def an_actor(m, obs_dim=3, action_dim=2, hidden=(8,), **box):
-    torch.manual_seed(0)
-    return m.TanhGaussianActor(obs_dim, action_dim, hidden, **box).double()
-
-
 # ---- networks, losses, proposals ----------------------------------------------------------------
-def density_integrates_to_one(m):
-    for box, low, high in boxes():
-        grid = torch.linspace(low, high, 100_002, dtype=torch.float64)[1:-1, None]
-        density = an_actor(m, action_dim=1, **box).log_prob(double(2, 3), grid.expand(2, -1, -1))
-        close(density.exp().sum(-1) * (high - low) / 100_001, [1.0, 1.0], 1e-4)
-    line = torch.linspace(-1, 1, 802, dtype=torch.float64)[1:-1]
-    grid = torch.cartesian_prod(line, line)[None]  # two dimensions are independent
-    density = an_actor(m).log_prob(double(1, 3), grid).exp()
-    close(density.sum(-1) * (2 / 801) ** 2, [1.0], 2e-3)
-
-
-def sample_and_log_prob_agree(m):
-    for box, low, high in boxes():
-        actor, obs = an_actor(m, **box), double(5, 3)
-        action, log_pi = actor.sample(obs)
-        close(actor.log_prob(obs, action), log_pi, 1e-7)
-        actions, log_pis = actor.sample(obs, 4)
-        assert actions.shape == (5, 4, 2) and log_pis.shape == (5, 4) and action.shape == (5, 2)
-        close(actor.log_prob(obs, actions), log_pis, 1e-7)
-        assert actions.dtype == torch.float64 and actions[:, 0].ne(actions[:, 1]).all()
-        assert (actions >= low).all() and (actions <= high).all()
-
-
-def samples_follow_the_density(m):
-    for box, low, high in boxes():
-        actor, obs = an_actor(m, action_dim=1, **box), double(1, 3)
-        action, _ = actor.sample(obs, 100_000)
-        grid = torch.linspace(low, high, 20_002, dtype=torch.float64)[1:-1]
-        density = actor.log_prob(obs, grid[None, :, None])[0].softmax(-1)
-        mean = (density * grid).sum()
-        spread = (density * (grid - mean) ** 2).sum().sqrt()
-        assert abs(action.mean() - mean) < 0.02 * (high - low)
-        assert abs(action.std() / spread - 1) < 0.02
-        close(actor.mode(obs).detach(), action.median(1).values.detach(), 0.05)
-
-
-def actor_stays_finite(m):
-    """At the very bounds of the box, and where the network asks for more spread."""
-    for box, low, high in boxes():
-        actor = m.TanhGaussianActor(3, 2, (8,), **box)
-        bounds = torch.tensor([[low] * 2, [high] * 2])
-        assert actor.log_prob(torch.zeros(2, 3), bounds).isfinite().all()
-    actor.sample(torch.zeros(4, 3))[1].sum().backward()
-    assert all(p.grad.isfinite().all() for p in actor.parameters())
-    _, log_std = actor(1e9 * torch.randn(50, 3))
-    assert -10 < log_std.min() < log_std.max() < 5, "log_std is not clamped"
-
-
-def critic_shapes(m):
-    torch.manual_seed(0)
-    critic = m.TwinCritic(3, 2, (8, 8)).double()
-    obs, actions = double(5, 3), double(5, 4, 2)
-    many = critic(obs, actions)
-    assert many.shape == (2, 5, 4) and many.dtype == torch.float64
-    for k in range(4):
-        close(critic(obs, actions[:, k]), many[..., k])
-    assert many[0].ne(many[1]).all()  # two networks, not one twice
-    assert critic(obs + 1, actions).ne(many).all() and critic(obs, actions + 1).ne(many).all()
-    gradients = torch.autograd.grad(many[0].sum(), list(critic.parameters()), allow_unused=True)
-    moved = sum(int(g.ne(0).sum()) for g in gradients if g is not None)
-    assert 0 < moved <= sum(p.numel() for p in critic.parameters()) / 2  # nothing is shared
 
 
 def agents_side_by_side(m):
@@ -106,49 +43,6 @@ def agents_side_by_side(m):
         close(loss(*arguments(slice(None))), sum(loss(*arguments(e)) for e in range(4)))
 
 
-def make_agent_keeps_the_box(m):
-    agent = m.make_agent(3, 2, (8,), 1e-3, 1e-2, 0.1, **BOX)
-    action, _ = agent.actor.sample(double(1, 3).float(), 1000)
-    assert action.min() < -1.5 and action.max() > 2.5
-    rates = [opt.param_groups[0]["lr"] for opt in (agent.actor_opt, agent.critic_opt)]
-    assert rates == [1e-3, 1e-2] and abs(agent.log_alpha_ent.exp() - 0.1) < 1e-6
-
-
-def actor_is_read_from_arrays(m):
-    rng, sizes = np.random.default_rng(0), (3, 8, 5, 4)
-    arrays = {"obs_mean": np.zeros(3), "obs_scale": np.ones(3)}
-    x = obs = rng.normal(size=(6, 3)).astype(np.float32)
-    for i, (n, k) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        w, b = rng.normal(size=(n, k)).astype(np.float32), rng.normal(size=k).astype(np.float32)
-        arrays |= {f"w{i}": w, f"b{i}": b}
-        x = (np.maximum(x, 0) if i else x) @ w + b
-    mode = m.actor_from_arrays(arrays).mode(torch.as_tensor(obs))
-    close(mode, np.tanh(x[:, :2]), 1e-5)
-
-
-def integral_by_hand(m):
-    """Q = c and uniform samples on [-1, 1]^D: the log of the integral is c + D log 2."""
-    q = numbers(1.5, -700.0, 900.0)[:, None].expand(2, 3, 8)
-    log_density = torch.full((3, 8), -6 * math.log(2), dtype=torch.float64)
-    close(m.log_integral_exp_q(q, log_density), q[..., 0] + 6 * math.log(2))
-    assert m.log_integral_exp_q(q.float(), log_density.float()).dtype == torch.float32
-
-
-def proposals_are_what_they_say(m):
-    """Own densities; the uniform fills the box; next_obs only moves the second block."""
-    for box, low, high in boxes():
-        actor, obs, next_obs = an_actor(m, **box), double(6, 3), double(6, 3, seed=1)
-        actions, log_density = m.propose(actor, obs, next_obs, 400)
-        assert actions.shape == (6, 1200, 2) and actions.dtype == torch.float64
-        here, there, uniform = actions.split(400, 1)
-        flat = torch.full((6, 400), -2 * math.log(high - low), dtype=torch.float64)
-        expected = actor.log_prob(obs, here), actor.log_prob(next_obs, there), flat
-        close(log_density, torch.cat(expected, 1), 1e-6)
-        assert low <= uniform.min() < low + 0.1 and high - 0.1 < uniform.max() <= high
-        assert (uniform.std((0, 1)) / (high - low) - 12**-0.5).abs().max() < 0.02
-        assert uniform[:, :, 0].ne(uniform[:, :, 1]).all()
-
-
 # ---- one gradient step, against the same step written out ---------------------------------------
 def a_fresh_agent(m, agents=None):
     """It learns by plain gradient descent, its target network is another; and a batch for it."""
@@ -162,14 +56,6 @@ def a_fresh_agent(m, agents=None):
     obs, next_obs, reward = torch.randn(*lead, 3), torch.randn(*lead, 3), torch.randn(lead)
     batch = obs, torch.rand(*lead, 2) * 2 - 1, reward, next_obs, (torch.randn(lead) > 0).float()
     return agent, batch if agents else tuple(x[0] for x in batch)
-
-
-def descend(loss, parameters):
-    parameters = list(parameters)
-    gradients = torch.autograd.grad(loss, parameters)
-    for p, gradient in zip(parameters, gradients, strict=True):
-        p.data -= 0.1 * gradient
-    return gradients
 
 
 def written_out(agent, batch, bonus=0.2, propose=None, alpha_cql=0.0):
@@ -194,17 +80,6 @@ def written_out(agent, batch, bonus=0.2, propose=None, alpha_cql=0.0):
     for s, p in zip(agent.critic_target.parameters(), critic.parameters(), strict=True):
         s.data = 0.75 * s.data + 0.25 * p.data
     return gradients, td.detach(), gap.detach()
-
-
-def same_agent(agent, expected, gradients, tolerance=1e-5):
-    for part in ("critic", "actor", "critic_target"):
-        pairs = (getattr(one, part).parameters() for one in (agent, expected))
-        for p, q in zip(*pairs, strict=True):
-            close(p.data, q.data, 1e-5)
-    close(agent.log_alpha_ent.data, expected.log_alpha_ent.data, 1e-5)
-    for p, gradient in zip(agent.critic.parameters(), gradients, strict=True):
-        close(p.grad, gradient, tolerance)  # the actor's loss does not reach the critics
-        assert p.requires_grad
 
 
 def update_is_what_it_says(m):
