@@ -33,6 +33,14 @@ def density_integrates_to_one(m):
     close(density.sum(-1) * (2 / 801) ** 2, [1.0], 2e-3)
 
 
+def density_far_out(m):
+    """At u = 12, where tanh is 1 to ten digits: the Gaussian's tail, and 2 (log 2 - u) of slope."""
+    u, mean, log_std, scale = (torch.tensor([[x]]).double() for x in (12.0, 11.0, 0.5, 2.0))
+    tail = -0.5 * math.exp(-1) - 0.5 - 0.5 * math.log(2 * math.pi)
+    exact = tail - 2 * (math.log(2) - 12) - math.log(2)
+    close(m.squashed_log_density(u, mean, log_std, scale), [exact], 1e-9)
+
+
 def sample_and_log_prob_agree(m):
     for box, low, high in boxes():
         actor, obs = an_actor(m, **box), double(5, 3)
@@ -283,7 +291,7 @@ def online_data_are_true(m):
 
 CHECKS = [
     critic_shapes, sample_and_log_prob_agree, density_integrates_to_one,
-    samples_follow_the_density, actor_stays_finite, update_is_what_it_says,
+    samples_follow_the_density, actor_stays_finite, density_far_out, update_is_what_it_says,
     make_agent_keeps_the_box,
 ]  # fmt: skip
 LOOP = [loop_reports, loop_stops]

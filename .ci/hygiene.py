@@ -33,6 +33,7 @@ FRAMED = {
     "03",
     "04",
     "A1",
+    "A3",
     "A4",
 }  # the notebooks that are on the frame; once all are, the set goes
 # The frame: paragraphs of the first cell, sections after the numbered ones, and what fits into it.
