@@ -16,8 +16,11 @@ def definitions(number):
     nodes = [
         n for c in cells if c["cell_type"] == "code" for n in ast.parse("".join(c["source"])).body
     ]
-    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef
-    kept = [n for n in nodes if isinstance(n, kinds) or ast.unparse(n).startswith("PLANTED = ")]
+    listed = next(n for n in nodes if ast.unparse(n).startswith("PLANTED = "))
+    wanted = {n.id for n in ast.walk(listed) if isinstance(n, ast.Name)}
+    imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name in wanted]
+    kept = [*imports, *functions, listed]
     exec(compile(ast.Module(kept, []), f"{number}.py", "exec"), names)
     return names
 
