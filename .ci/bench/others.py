@@ -12,7 +12,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / ".ci"))
-from exported import as_module, export_source  # noqa: E402
+from exported import NOTEBOOKS, as_module, export_source  # noqa: E402
 
 OBS_DIM, ACTION_DIM = 17, 6  # HalfCheetah's
 
@@ -20,6 +20,12 @@ OBS_DIM, ACTION_DIM = 17, 6  # HalfCheetah's
 def notebook(number):
     """The export cells of a notebook, as a module."""
     return as_module(export_source(number))
+
+
+def export_of(path):
+    """The source of the export cells of a notebook anywhere."""
+    NOTEBOOKS["elsewhere"] = Path(path)
+    return export_source("elsewhere")
 
 
 def load_corl(path):
