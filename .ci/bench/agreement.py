@@ -182,7 +182,7 @@ def continuous_d3rlpy(dtype):
     default = d3rlpy_loss(agent, batch, noise, [])  # threshold 10, multiplier 1: its defaults
     whole, _, _ = our_loss(agent, batch, noise, our_target(agent, batch, noise), WEIGHT)
     words = "nothing converted: weight 5 in both; their threshold is 10"
-    parts = "no 1/2 in their TD part; no log 3N; minus 10 a twin; the mean action in the target"
+    parts = "no 1/2 in their TD part; no log 3N; minus 5 x 10 a twin; the mean action in the target"
     yield "CQL: critic loss", words, default.whole, whole, parts
     parts = "no 1/2 in their TD part; the mean action in the target"
     yield ("CQL: gradient of the critic loss", words, gradient(default.whole, default.layers),
