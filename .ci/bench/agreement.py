@@ -182,7 +182,7 @@ def continuous_d3rlpy(dtype):
     default = d3rlpy_loss(agent, batch, noise, [])  # threshold 10, multiplier 1: its defaults
     whole, _, _ = our_loss(agent, batch, noise, our_target(agent, batch, noise), WEIGHT)
     words = "nothing converted: weight 5 in both; their threshold is 10"
-    parts = "no 1/2 in their TD part; no log 3N; minus 5 x 10 a twin; the mean action in the target"
+    parts = "no 1/2 in their TD part; no log 3N; 10 off each gap; the mean action in the target"
     yield "CQL: critic loss", words, default.whole, whole, parts
     parts = "no 1/2 in their TD part; the mean action in the target"
     yield ("CQL: gradient of the critic loss", words, gradient(default.whole, default.layers),
@@ -325,7 +325,8 @@ if __name__ == "__main__":
         seed=0,
         about="same weights, batch of 256 and noise; hidden 256-256, N = 10 (DiscreteCQL: 64-64); "
         "relative difference of a gradient: length of the difference over the length of theirs; "
-        "d3rlpy adds up the TD part in float32 whatever the weights are",
+        "d3rlpy adds up the TD part in float32 whatever the weights are; CORL's log std is its layer's "
+        "output minus 1, so that its bias got 1 more",
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"d3rlpy {d3rlpy_version}, CORL {options.corl_version}",
         hardware=processor(),
