@@ -325,8 +325,8 @@ if __name__ == "__main__":
         seed=0,
         about="same weights, batch of 256 and noise; hidden 256-256, N = 10 (DiscreteCQL: 64-64); "
         "relative difference of a gradient: length of the difference over the length of theirs; "
-        "d3rlpy adds up the TD part in float32 whatever the weights are; CORL's log std is its layer's "
-        "output minus 1, so that its bias got 1 more",
+        "d3rlpy adds up the TD part in float32 whatever the weights are; "
+        "CORL's log std is its layer's output minus 1, so that its bias got 1 more",
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"d3rlpy {d3rlpy_version}, CORL {options.corl_version}",
         hardware=processor(),
