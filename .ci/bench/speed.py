@@ -163,9 +163,9 @@ def sweep_run(weights):
 class JaxChild:
     """JaxCQL in a process that may use so many processors. child(k) takes k steps."""
 
-    def __init__(self, jaxcql, hidden, n, threads):
+    def __init__(self, python, jaxcql, hidden, n, threads):
         task = {"path": str(jaxcql), "hidden": hidden, "n": n, "threads": threads}
-        command = [sys.executable, __file__, "--child", json.dumps(task)]
+        command = [python, __file__, "--child", json.dumps(task)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -282,8 +282,9 @@ def measure(options):
             chunk = best_chunk(lambda c, h=hidden, n=n: fast_run(a2, h, n, c))
             chosen[f"ours, by hand, {name}"] = chunk
             runs["ours, by hand"] = fast_run(a2, hidden, n, chunk)
-        jaxcql = JaxChild(options.jaxcql, hidden, n, threads) if options.jaxcql else None
-        if jaxcql:
+        jaxcql = None
+        if options.jaxcql:
+            jaxcql = JaxChild(options.jax_python, options.jaxcql, hidden, n, threads)
             runs["JaxCQL"] = jaxcql
         rows += rows_of(in_turns(runs, options.seconds, options.rounds), hidden, n, threads)
         if jaxcql:
@@ -300,12 +301,14 @@ def measure(options):
 
 
 def versions(options):
-    names = ["torch", "d3rlpy"] + ["jax", "flax"] * bool(options.jaxcql)
-    words = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    commits = f"CORL {options.corl_version}" + f", JaxCQL {options.jaxcql_version}" * bool(
-        options.jaxcql
-    )
-    return f"Python {platform.python_version()}, {words}, {commits}"
+    names = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "d3rlpy")]
+    words = [f"Python {platform.python_version()}", *names, f"CORL {options.corl_version}"]
+    if options.jaxcql:
+        words.append(f"JaxCQL {options.jaxcql_version}")
+        code = "import jax, flax; print(f'jax {jax.__version__}, flax {flax.__version__}')"
+        answer = subprocess.run([options.jax_python, "-c", code], capture_output=True, text=True)
+        words.append(answer.stdout.strip())
+    return ", ".join(words)
 
 
 if __name__ == "__main__":
@@ -316,6 +319,7 @@ if __name__ == "__main__":
     parser.add_argument("name", help="a short name of the processor, for the file: zen3")
     parser.add_argument("--corl", required=True, help="algorithms/offline/cql.py of a clone")
     parser.add_argument("--jaxcql", help="the folder of a clone of young-geng/JaxCQL")
+    parser.add_argument("--jax-python", default=sys.executable, help="Python of JAX's environment")
     parser.add_argument("--corl-version", default="eeeeef2", help="the commit of that clone")
     parser.add_argument("--jaxcql-version", default="bac4299", help="the commit of that clone")
     parser.add_argument("--a2", default=ROOT / "notebooks" / "A2_speed.ipynb", help="a notebook")
@@ -330,7 +334,7 @@ if __name__ == "__main__":
         options.out or ROOT / "figs" / "data" / "long" / f"A2_speed_{options.name}.csv",
         COLUMNS, rows,
         command=f"python .ci/bench/speed.py {options.name} --corl CORL/algorithms/offline/cql.py "
-        + "--jaxcql JaxCQL " * bool(options.jaxcql)
+        + "--jaxcql JaxCQL --jax-python PYTHON " * bool(options.jaxcql)
         + f"--rounds {options.rounds} --seconds {options.seconds:g}",
         seed=0,
         about="gradient steps per second, median and quartiles over the rounds, all codes in turns "
