@@ -17,9 +17,14 @@ torch.set_num_threads(1)  # two threads fight over the core of another test, fif
 NOTEBOOKS = {p.name.split("_")[0]: p for p in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
 
-def export_source(number):
+BELOW = {"A2": "04"}  # its code goes below that of another notebook
+
+
+def export_source(number, whole=True):
     cells = json.loads(NOTEBOOKS[number].read_text("utf-8"))["cells"]
     parts = ["".join(c["source"]) for c in cells if "export" in c["metadata"].get("tags", [])]
+    if whole and number in BELOW:
+        parts.insert(0, export_source(BELOW[number]).strip())
     return "\n\n\n".join(parts) + "\n" if parts else ""
 
 

@@ -26,7 +26,6 @@ EQUATION = r"(?:[1-9]|A\d)\.\d+"
 CITATION = re.compile(rf"\(({EQUATION}(?:(?:, | and |-){EQUATION})*)\)")
 MACHINE = re.compile(r"(?<![\w.:/~-])/(work|tmp|root|home)\b")
 MAX_LINES, MAX_BYTES, MIN_ALT, MIN_BADGE = 40, 1_500_000, 40, 10
-ALONE = {"A2"}  # its networks hold several agents: names of twins, and another code
 FRAMED = {
     "01",
     "02",
@@ -34,6 +33,7 @@ FRAMED = {
     "04",
     "A1",
     "A3",
+    "A2",
     "A4",
 }  # the notebooks that are on the frame; once all are, the set goes
 # The frame: paragraphs of the first cell, sections after the numbered ones, and what fits into it.
@@ -388,7 +388,7 @@ def check_twins(notebooks):
             yield path, first.i, f"{tag} has no twin in another notebook"
         names = defined(first)
         for nb in notebooks:
-            for c in nb.tagged("export") if nb.number not in ALONE else []:
+            for c in nb.tagged("export"):
                 if tag not in c.tags and names & defined(c):
                     yield nb.path, c.i, f"defines what {tag} defines elsewhere, and has no such tag"
 
