@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from checks_sac import a_fresh_agent, same_agent
-from exported import close, double, refuses
+from exported import close, double, refuses, spy
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -66,58 +66,63 @@ def update_is_04s(m):
     refuses(ValueError, ["box"], lambda: m.fast_cql_sac_update(agent, step, outside, 1, 5, 1, 1))
 
 
+def tiny_run(m, path, steps, reward=1.0, width=8, **settings):
+    """Weights after a run on random data, rows, and the steps that were reported."""
+    torch.manual_seed(0)
+    generator, reported = torch.Generator().manual_seed(1), []
+    agent = m.make_agent(2, 1, (width,), 1e-3, 1e-3, 0.1)
+
+    def sample():
+        x = torch.rand(16, 6, generator=generator)
+        return x[:, :2], 2 * x[:, 2:3] - 1, reward * x[:, 0], x[:, 3:5], torch.zeros(16)
+
+    def update(batch):
+        return m.cql_sac_update(agent, batch, 1.0, 2, 0.9, 0.1)
+
+    def report(step):
+        reported.append(step)
+        return {"step": step, "random": torch.rand(()).item()}
+
+    given = report, path, [generator], {"n": 2} | settings
+    with spy(m, "check_weights") as looks:
+        rows = m.train_long(agent, update, sample, steps, 5, *given)
+    assert len(looks) == len([step for step in reported if step])
+    parts = agent.critic, agent.actor, agent.critic_target
+    weights = [p.detach().flatten() for part in parts for p in part.parameters()]
+    return torch.cat([*weights, agent.log_alpha_ent.detach()[None]]), rows, reported
+
+
 def runs_resume_and_stop(m):
     """A resumed run equals an uninterrupted one; bad numbers stop it, and the checkpoint stays."""
-
-    def run(path, steps, spoil=None, width=8, bad=None, **settings):
-        torch.manual_seed(0)
-        generator, drawn, reported = torch.Generator().manual_seed(1), [], []
-        agent = m.make_agent(2, 1, (width,), 1e-3, 1e-3, 0.1)
-
-        def sample():
-            x = torch.rand(16, 6, generator=generator)
-            drawn.append(x)
-            reward = x[:, 0] * (math.nan if len(drawn) == spoil else 1.0)
-            return x[:, :2], 2 * x[:, 2:3] - 1, reward, x[:, 3:5], torch.zeros(16)
-
-        def update(batch):
-            said = m.cql_sac_update(agent, batch, 1.0, 2, 0.9, 0.1)
-            if bad and len(drawn) % 5 == 0:  # just before it would be stored
-                part = getattr(agent, bad)
-                (part if bad == "log_alpha_ent" else next(part.parameters())).data.fill_(math.nan)
-                said["loss"] = torch.zeros(())
-            return said
-
-        def report(step):
-            reported.append(step)
-            return {"step": step, "random": torch.rand(()).item()}
-
-        given = report, path, [generator], {"n": 2} | settings
-        rows = m.train_long(agent, update, sample, steps, 5, *given)
-        parts = agent.critic, agent.actor, agent.critic_target
-        weights = [p.detach().flatten() for part in parts for p in part.parameters()]
-        return torch.cat([*weights, agent.log_alpha_ent.detach()[None]]), rows, reported
-
     with tempfile.TemporaryDirectory() as folder:
-        whole, half, new = (Path(folder) / name for name in ("whole.pt", "half.pt", "new.pt"))
-        expected, rows, reported = run(whole, 20)
+        whole, half = Path(folder) / "whole.pt", Path(folder) / "half.pt"
+        expected, rows, reported = tiny_run(m, whole, 20)
         assert reported == [row["step"] for row in rows] == [0, 5, 10, 15, 20]
-        assert run(half, 10)[2] == [0, 5, 10]
-        resumed, again, reported = run(half, 20)
+        assert tiny_run(m, half, 10)[2] == [0, 5, 10]
+        resumed, again, reported = tiny_run(m, half, 20)
         assert torch.equal(resumed, expected) and again == rows and reported == [15, 20]
-        before = half.read_bytes()
-        words = ["after step 20", "step 3", "batch"]
-        refuses(FloatingPointError, words, lambda: run(half, 40, spoil=3))
-        words[1:] = ["weight"]
-        for name in ("log_alpha_ent", "actor", "critic"):
-            refuses(FloatingPointError, words, lambda name=name: run(half, 40, bad=name))
+        before, bad = half.read_bytes(), {"reward": math.nan}
+        for error, words, options in (
+            (FloatingPointError, ["after step 20", "step 1:", "batch"], bad),
+            (ValueError, ["half.pt", "0.5"], {"tau": 0.5}),
+            (ValueError, ["half.pt", "size"], {"width": 4}),
+        ):
+            refuses(error, words, lambda o=options: tiny_run(m, half, 40, **o))
         assert half.read_bytes() == before and len(list(Path(folder).iterdir())) == 2
-        refuses(ValueError, ["half.pt", "0.5"], lambda: run(half, 40, tau=0.5))
-        refuses(ValueError, ["half.pt", "size"], lambda: run(half, 40, width=4))
         half.write_bytes(before[:100])
-        refuses(ValueError, ["half.pt"], lambda: run(half, 40))
-        refuses(FloatingPointError, ["after step 0"], lambda: run(new, 5, spoil=1))
-        assert not new.exists()
+        refuses(ValueError, ["half.pt"], lambda: tiny_run(m, half, 40))
 
 
-CHECKS = [counts_are_pytorchs, step_is_autograd, update_is_04s, runs_resume_and_stop]
+def bad_weights_are_noticed(m):
+    for name in ("log_alpha_ent", "actor", "critic"):
+        agent = m.make_agent(2, 1, (8,), 1e-3, 1e-3, 0.1)
+        m.check_weights(agent)
+        part = getattr(agent, name)
+        (part if name == "log_alpha_ent" else next(part.parameters())).data.fill_(math.inf)
+        refuses(FloatingPointError, ["weight"], lambda agent=agent: m.check_weights(agent))
+
+
+CHECKS = [
+    counts_are_pytorchs, step_is_autograd, update_is_04s, runs_resume_and_stop,
+    bad_weights_are_noticed,
+]  # fmt: skip
