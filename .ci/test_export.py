@@ -94,6 +94,7 @@ SWAP_NAMES = [
 HARMLESS = {  # changes of the text that change nothing
     "mean + log_std.exp() * torch.randn_like(mean)",  # noise is symmetric
     "actor.centre + actor.scale * (2.0 * torch.rand_like(here) - 1.0)",
+    "x @ weight + bias",  # so are fresh biases
 }
 
 
