@@ -104,8 +104,7 @@ class Repository:
 
 
 @pytest.fixture
-def repo(tmp_path, monkeypatch):
-    monkeypatch.setattr(hygiene, "FRAMED", {"01"})
+def repo(tmp_path):
     return Repository(tmp_path)
 
 
