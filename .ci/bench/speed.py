@@ -335,6 +335,7 @@ if __name__ == "__main__":
         COLUMNS, rows,
         command=f"python .ci/bench/speed.py {options.name} --corl CORL/algorithms/offline/cql.py "
         + "--jaxcql JaxCQL --jax-python PYTHON " * bool(options.jaxcql)
+        + f"--threads {' '.join(map(str, options.threads))} "
         + f"--rounds {options.rounds} --seconds {options.seconds:g}",
         seed=0,
         about="gradient steps per second, median and quartiles over the rounds, all codes in turns "
