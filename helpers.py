@@ -390,8 +390,9 @@ def _actions(action, envs: gym.vector.VectorEnv) -> np.ndarray:
     fits = fits and (len(space.shape) == 1 or action.shape[-1:] == space.shape[-1:])
     kinds = "iub" if space.dtype.kind == "i" else "iuf"
     fits = fits and action.dtype.kind in kinds and np.isfinite(action).all()
-    wanted, got = f"{space.shape} for {space.dtype}", f"shape {action.shape}, {action.dtype}"
-    _expect(fits, f"act: expected finite actions of shape {wanted}, got {got}")
+    if not fits:  # said only then: this runs at every step of every environment
+        wanted, got = f"{space.shape} for {space.dtype}", f"shape {action.shape}, {action.dtype}"
+        raise ValueError(f"act: expected finite actions of shape {wanted}, got {got}")
     return action.reshape(space.shape).astype(space.dtype)
 
 
@@ -664,7 +665,7 @@ def plot_seeds(ax: Axes, table: pd.DataFrame, x: str, y: str, **style) -> Line2D
 
 def label_ends(ax: Axes, size: float = 8.5) -> None:
     """Write each line's label at its right end, moved apart vertically where two would overlap."""
-    ax.figure.canvas.draw()
+    ax.figure.draw_without_rendering()  # lays out the axes and sets their limits
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
     low, high = ax.transAxes.transform([(0, 0), (0, 1)])[:, 1]
     gap = 1.2 * size * ax.figure.dpi / 72 / (high - low)  # a line of text, as a share of the axes

@@ -65,6 +65,6 @@ def test_named_check_fails(row, monkeypatch):
 
 
 def test_list_is_whole():
-    """Every wrong function that sections 1 to 15 define is on the list, and none twice."""
+    """Each of the sections 1 to 15 has a wrong function on it, and none stands there twice."""
     names = [f.__name__ for f in PLANTED["wrong"]]
     assert len(set(names)) == len(names) and set(PLANTED["section"]) == set(range(1, 16))
