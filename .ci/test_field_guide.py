@@ -59,7 +59,7 @@ def test_named_check_fails(row, monkeypatch):
     module = as_module(export_source(number))
     (check, *_) = [c for c in EXPORTS[number][1] if c.__name__ == check]
     check(module)
-    plant(wrong, module, name, "04" if number == "01" else number)
+    plant(wrong, module, name, "04" if number == "01" else number)  # A3 calls 01's by 04's name
     with pytest.raises(error):
         check(module)
 

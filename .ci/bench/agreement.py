@@ -12,21 +12,23 @@ import math
 import platform
 from types import SimpleNamespace
 
+import pandas as pd
 import torch
 from others import (
     ACTION_DIM,
     OBS_DIM,
-    ROOT,
     corl_from,
     d3rlpy_batch,
     d3rlpy_discrete,
     d3rlpy_from,
+    free_name,
     linears,
     load_corl,
     notebook,
     processor,
-    write_table,
 )
+
+import helpers
 
 HIDDEN, N, B = (256, 256), 10, 256
 WEIGHT, GAMMA = 5.0, 0.99
@@ -308,9 +310,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corl", required=True, help="algorithms/offline/cql.py of a clone")
     parser.add_argument("--corl-version", default="eeeeef2", help="the commit of that clone")
-    path = ROOT / "figs" / "data" / "long" / "A3_agreement.csv"
-    parser.add_argument("--out", default=path)
-    options = parser.parse_args()
+    options, name = parser.parse_args(), free_name("long/A3_agreement")
     nb03, nb04 = notebook("03"), notebook("04")
     corl = load_corl(options.corl)
     d3rlpy_version = importlib.metadata.version("d3rlpy")
@@ -319,8 +319,8 @@ if __name__ == "__main__":
         *table("d3rlpy", d3rlpy_version, continuous_d3rlpy),
         *table("CORL", options.corl_version, continuous_corl),
     ]
-    write_table(
-        options.out, COLUMNS, rows,
+    helpers.save_table(
+        pd.DataFrame(rows, columns=COLUMNS), name,
         command="python .ci/bench/agreement.py --corl CORL/algorithms/offline/cql.py",
         seed=0,
         about="same weights, batch of 256 and noise; hidden 256-256, N = 10 (DiscreteCQL: 64-64); "

@@ -1,7 +1,6 @@
-"""The implementations of others, on the weights of ours; and tables in the form of helpers.py."""
+"""The implementations of others, on the weights of ours."""
 
 import importlib.util
-import json
 import platform
 import sys
 import types
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / ".ci"))
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 from exported import NOTEBOOKS, as_module, export_source  # noqa: E402
 
 OBS_DIM, ACTION_DIM = 17, 6  # HalfCheetah's
@@ -165,19 +164,11 @@ def processor():
     return name
 
 
-def write_table(path, columns, rows, **about):
-    """A csv under comment lines that say where it comes from: helpers.read_table reads it."""
-    import csv
-    import io
+def free_name(name):
+    """The name, if no such table is stored: said before an hour is spent, and not after it."""
+    import helpers  # not at the top: JAX's environment has none of what it imports
 
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    header = "".join(
-        f"# {key}: {json.dumps(value)}\n" for key, value in (about | {"rows": len(rows)}).items()
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(header + text.getvalue(), encoding="utf-8")
-    print(f"wrote {path}: {len(rows)} rows")
+    path = helpers.FIGS / "data" / f"{name}.csv"
+    if path.exists():
+        raise FileExistsError(f"{path}: expected no such file; remove it, or set CQL_FIGS")
+    return name

@@ -27,11 +27,11 @@ from others import (
     d3rlpy_cql,
     d3rlpy_discrete,
     export_of,
+    free_name,
     linears,
     load_corl,
     notebook,
     processor,
-    write_table,
 )
 
 B, GAMMA, TAU, WEIGHT = 256, 0.99, 0.005, 5.0
@@ -248,7 +248,7 @@ def rows_of(rates, hidden, n, threads, agents=None):
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         row = [code, "-".join(map(str, hidden)), n, threads]
         print(f"{code:28}{row[1]:>9}{n:>4}{threads:>3}{middle:10.2f}  ({low:.2f} to {high:.2f})")
-        yield [*row, f"{middle:.5g}", f"{low:.5g}", f"{high:.5g}"]
+        yield [*row, middle, low, high]
 
 
 def load_a2(path):
@@ -315,6 +315,10 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(json.loads(sys.argv[2]))
         sys.exit()
+    import pandas as pd
+
+    import helpers
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help="a short name of the processor, for the file: zen3")
     parser.add_argument("--corl", required=True, help="algorithms/offline/cql.py of a clone")
@@ -326,13 +330,12 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a code in a round, about")
-    parser.add_argument("--out", help="another file than figs/data/long/A2_speed_<name>.csv")
     options = parser.parse_args()
+    name = free_name(f"long/A2_speed_{options.name}")
     nb03, nb04 = notebook("03"), notebook("04")
     rows, chosen = measure(options)
-    write_table(
-        options.out or ROOT / "figs" / "data" / "long" / f"A2_speed_{options.name}.csv",
-        COLUMNS, rows,
+    helpers.save_table(
+        pd.DataFrame(rows, columns=COLUMNS), name,
         command=f"python .ci/bench/speed.py {options.name} --corl CORL/algorithms/offline/cql.py "
         + "--jaxcql JaxCQL --jax-python PYTHON " * bool(options.jaxcql)
         + f"--threads {' '.join(map(str, options.threads))} "
