@@ -84,10 +84,6 @@ def bandit_has_no_gradient(m):
 
 
 CHECKS = [
-    backup_sums_by_hand,
-    evaluation_is_the_limit_of_backups,
-    conservative_reward_and_chi_square,
-    inner_maximum_beats_its_neighbours,
-    gap_is_the_cross_entropy,
-    bandit_has_no_gradient,
-]
+    backup_sums_by_hand, evaluation_is_the_limit_of_backups, conservative_reward_and_chi_square,
+    inner_maximum_beats_its_neighbours, gap_is_the_cross_entropy, bandit_has_no_gradient,
+]  # fmt: skip

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import torch
 from checks_sac import a_fresh_agent, an_actor, boxes, same_agent, written_out
 from exported import close, double, numbers, refuses, spy
@@ -44,11 +45,8 @@ def box_is_checked(m):
 
 def update_is_what_it_says(m):
     """One step of gradient descent against the same step written out."""
-    for entropy_in_target, combine in (
-        (False, torch.amin),
-        (True, torch.amin),
-        (False, torch.mean),
-    ):
+    variants = (False, torch.amin), (True, torch.amin), (False, torch.mean)
+    for entropy_in_target, combine in variants:
         agent, batch = a_fresh_agent(m)
         expected, state = copy.deepcopy(agent), torch.get_rng_state()
         with spy(m, "cql_sac_critic_loss") as calls:
@@ -62,10 +60,8 @@ def update_is_what_it_says(m):
         same_agent(agent, expected, gradients, 1e-4)
         for name, value in (("td", td), ("gap", gap), ("loss", td + 0.7 * gap.sum())):
             close(said[name], value, 1e-4)
-    obs, action, *rest = batch
-    refuses(
-        ValueError, ["box"], lambda: m.cql_sac_update(agent, (obs, 2 * action, *rest), 1, 2, 1, 1)
-    )
+    outside = (batch[0], 2 * batch[1], *batch[2:])
+    refuses(ValueError, ["box"], lambda: m.cql_sac_update(agent, outside, 1, 2, 1, 1))
 
 
 def pendulum_trains(m):
@@ -80,7 +76,7 @@ def pendulum_trains(m):
         next_obs, reward, terminated, truncated, _ = env.step(action)
         rows.append((obs, action, reward / 10, next_obs, float(terminated)))
         obs = env.reset()[0] if truncated else next_obs
-    data = [torch.tensor(column).float() for column in zip(*map(as_lists, rows), strict=True)]
+    data = [torch.tensor(np.stack(column)).float() for column in zip(*rows, strict=True)]
 
     def sample():
         rows = torch.randint(len(data[0]), (64,))
@@ -98,13 +94,8 @@ def pendulum_trains(m):
     m.train_offline(update, sample, 30)
     assert len(losses) == 30 and losses[-1] < losses[0] and max(map(abs, losses)) < 1e3
     narrow = m.make_agent(3, 1, (32, 32), 3e-4, 1e-3, 0.2)  # low and high forgotten
-    refuses(
-        ValueError, ["-1 to 1"], lambda: m.train_offline(lambda b: update(b, narrow), sample, 1)
-    )
-
-
-def as_lists(row):
-    return [x.tolist() if hasattr(x, "tolist") else x for x in row]
+    step = lambda batch: update(batch, narrow)  # noqa: E731
+    refuses(ValueError, ["-1 to 1"], lambda: m.train_offline(step, sample, 1))
 
 
 CHECKS = [

@@ -151,17 +151,10 @@ def same_agent(agent, expected, gradients, tolerance=1e-5):
         assert p.requires_grad
 
 
-def first(q, dim):
-    return q[0]
-
-
 def update_is_what_it_says(m):
-    for combine, entropy in (
-        (torch.amin, True),
-        (torch.mean, True),
-        (first, True),
-        (torch.amin, False),
-    ):
+    first = lambda q, dim: q[0]  # noqa: E731
+    variants = (torch.amin, True), (torch.mean, True), (first, True), (torch.amin, False)
+    for combine, entropy in variants:
         agent, batch = a_fresh_agent(m)
         expected, state = copy.deepcopy(agent), torch.get_rng_state()
         with spy(m, "sac_critic_loss") as calls:

@@ -388,10 +388,8 @@ def check_figures(notebooks, root):
     used = {target.split("/")[-1] for source in texts for _, target in images(source)}
     figs = root / "figs"
     for figure in sorted(p for p in figs.glob("*") if p.is_file()):
-        name, drawn = (
-            figure.stem,
-            figure.suffix == ".png" and not figure.stem.startswith("schematic"),
-        )
+        name = figure.stem
+        drawn = figure.suffix == ".png" and not name.startswith("schematic")
         if not FIGURE.fullmatch(name):
             yield figure, 0, "a figure is named NN_what, schematic_what or as in the chapter"
         if drawn and not (figs / "data" / f"{name}.csv").exists():
@@ -455,10 +453,9 @@ def check(root):
         refusals.append((root / "notebooks", 0, "no notebook found"))
     refusals += [*check_equations(notebooks), *check_twins(notebooks)]
     refusals += [*check_figures(notebooks, root), *check_sums(root), *check_layout(root)]
-    lines = [
-        (path.relative_to(root), f", cell {i}" if i else "", what) for path, i, what in refusals
-    ]
-    return [f"{path}{cell}: {what}" for path, cell, what in lines]
+    cells = [f", cell {i}" if i else "" for _, i, _ in refusals]
+    found = zip(refusals, cells, strict=True)
+    return [f"{path.relative_to(root)}{cell}: {what}" for (path, _, what), cell in found]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from test_export import EXPORTS
 def definitions(number):
     """What the cells of a notebook import and define, and its list PLANTED."""
     cells, names = json.loads(NOTEBOOKS[number].read_text("utf-8"))["cells"], {}
-    nodes = [
-        n for c in cells if c["cell_type"] == "code" for n in ast.parse("".join(c["source"])).body
-    ]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    nodes = ast.parse("\n".join(sources)).body
     listed = next(n for n in nodes if ast.unparse(n).startswith("PLANTED = "))
     wanted = {n.id for n in ast.walk(listed) if isinstance(n, ast.Name)}
     imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hygiene
 import pytest
+from fakes import code, markdown, printed
 
 from helpers import fingerprint
 
@@ -16,20 +17,10 @@ FIRST = """# {0} · Title\n
 **You need.** [helpers](../helpers.py)\n\n**Time.** 1 minute\n\n
 ![{1}](../figs/schematic_loop.svg)"""
 LAST = "## Exercises\n\n## Takeaways and limits\n\n## Reading\n\n**Next.** [the end](#Reading)"
+SAID = printed("one is one   = 1   OK\n")
+BADGE = "[![All tests pass](https://x.org/badge.svg)](notebooks/01_one.ipynb#Verdict)"
+NO_LINKS = "```python\n## 7. no\nx = a[0](missing.md)\n```\n[w](https://x.org/home)"
 PNG = b"\x89PNG\r\n\x1a\nand so on"
-
-
-def markdown(source):
-    return {"cell_type": "markdown", "id": "m", "metadata": {}, "source": source}
-
-
-def code(source, tags="", *outputs):
-    cell = {"cell_type": "code", "id": "c", "metadata": {"tags": tags.split()}}
-    return cell | {"source": source, "outputs": list(outputs), "execution_count": None}
-
-
-def printed(words, name="stdout"):
-    return {"output_type": "stream", "name": name, "text": words}
 
 
 def picture(alt=ALT, png=PNG):
@@ -50,11 +41,7 @@ def notebook(number):
         code(f"q = r = 1.0  # ({equation})\nax.plot([q], alpha=0.5)", "numbers-vary"),
         code(f'show(fig, "{number}_curve", "{ALT}")', "", picture()),
         markdown("## Verdict"),
-        code(
-            'verdict(("one is one", "= 1", q == r))',
-            "nbval-check-output",
-            printed("one is one   = 1   OK\n"),
-        ),
+        code('verdict(("one is one", "= 1", q == r))', "nbval-check-output", SAID),
         markdown(LAST),
         code("run_summary(started)", "numbers-vary"),
     ]
@@ -72,10 +59,7 @@ class Repository:
             self.file(f"figs/data/{number}_curve.csv", "# seed: 0\n# rows: 1\nx,y\n0,1\n")
             cells = [code("import sys\n\nstarted = 0", "twin:setup"), code("run_summary(started)")]
             self.books[f"solutions/{number}_solutions"] = notebook(number) | {"cells": cells}
-        self.file(
-            "README.md",
-            "[![All tests pass](https://x.org/badge.svg)](notebooks/01_one.ipynb#Verdict)",
-        )
+        self.file("README.md", BADGE)
         self.file("helpers.py", "def show(fig, name, alt):\n    pass\n")
         for name in ("requirements.txt", "LICENSE", "figs/schematic_loop.svg"):
             self.file(name, "words")
@@ -148,10 +132,6 @@ def file(name, content=None):
     return lambda r: (r.root / name).unlink() if content is None else r.file(name, content)
 
 
-def meta(**what):
-    return lambda r: r.book["metadata"].update(what)
-
-
 def claim(ok):
     return rerun(10, f'verdict(("one is one", "= 1", {ok}))')
 
@@ -161,9 +141,7 @@ def test_minimal_repository_passes(repo):
     add("# alpha, NBVAL and /usr/bin may be spoken of\nx = 0.5")(repo)
     add("%matplotlib inline\nax.plot(x, alpha=x)")(repo)
     repo.cells.insert(-1, code(""))  # an empty cell has no execution count
-    say(
-        "`[no](link)`, $q[s](a)$\n```python\n## 7. no\nx = a[0](missing.md)\n```\n[w](https://x.org/home)"
-    )(repo)
+    say(f"`[no](link)`, $q[s](a)$\n{NO_LINKS}")(repo)
     assert repo.refusals() == []
 
 
@@ -177,8 +155,8 @@ SPOILERS = [  # the message, what is done to the repository
     ("stored stderr", out(2, printed("UserWarning", "stderr"))),
     ("stored error ValueError", out(2, {"output_type": "error", "ename": "ValueError"})),
     ("stored widget", out(2, WIDGET)),
-    ("widget state", meta(widgets={"state": {}})),
-    ("the kernelspec is not python3", meta(kernelspec={"name": "my-venv"})),
+    ("widget state", lambda r: r.book["metadata"].update(widgets={"state": {}})),
+    ("kernelspec is not python3", lambda r: r.book["metadata"].update(kernelspec={"name": "x"})),
     ("1.6 MB, more than 1.5", say("x" * 1_600_000)),
     (STALE, change(2, source="steps = 11")),
     (STALE, change(6, source="assert actor(1) == 1  # a comment")),
@@ -238,10 +216,7 @@ SPOILERS = [  # the message, what is done to the repository
     ("no text shows this picture", file("figs/schematic_old.svg", "x")),
     ("a figure is named NN_what", file("figs/cql_old.png", PNG)),
     ("without a provenance header", file("figs/data/01_curve.csv", "# rows: 1\nx,y\n0,1\n")),
-    (
-        "01_curve.csv: path of one machine",
-        file("figs/data/01_curve.csv", "# at: /work/x\n# b: 0\n"),
-    ),
+    ("01_curve.csv: path of one", file("figs/data/01_curve.csv", "# at: /work/x\n# b: 0\n")),
     ("weak.npz: not the file whose sum", file("notebooks/policies/weak.npz", "stronger")),
     ("weak.npz: not the file whose sum", file("notebooks/policies/weak.npz")),
     ("a.csv: not the file whose sum", file("figs/data/long/a.csv", "# a: 0\n# rows: 0\n")),

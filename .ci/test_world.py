@@ -46,9 +46,7 @@ def test_tiny_parameters(tmp_path, monkeypatch):
     book.cells = [cell for cell in book.cells if not tagged(cell, "nbval-check-output")]
     for cell in book.cells:
         if tagged(cell, "parameters"):
-            cell.source += (
-                f"\nglobals().update({{k: v for k, v in {TINY}.items() if k in globals()}})"
-            )
+            cell.source += f"\nglobals().update({TINY})"
     book.cells.append(nbformat.v4.new_code_cell("import time; print(time.process_time())"))
     folder = {"metadata": {"path": str(PATH.parent)}}
     NotebookClient(book, timeout=600, resources=folder).execute()
